@@ -1,0 +1,1 @@
+"""Configuration: pydantic trees read from YAML; imports neither torch nor Megatron."""

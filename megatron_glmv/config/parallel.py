@@ -1,0 +1,126 @@
+"""How one model replica is cut over ranks, and which layouts a model admits.
+
+Source: the layouts of the paper are in section 5.4 and appendix (TP 2; CP 4 for 32,768 tokens); arXiv 2507.01006.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_glmv.config.base import Config, ConfigError
+from megatron_glmv.config.model import ModelShape
+
+
+class ParallelConfig(Config):
+    """The layout; the data-parallel size is what remains of the ranks."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share each layer's matrices, in both towers."""
+    sequence: bool = True
+    """Shard activations between layers over the tensor ranks too (Megatron's sequence parallelism); no effect at tensor 1."""
+    pipeline: int = Field(default=1, ge=1)
+    """Stages that the decoder's layers are divided into; the vision tower runs on the first."""
+    virtual_pipeline: int = Field(default=1, ge=1)
+    """Model chunks of each stage (interleaved schedule); 1 is the plain 1F1B schedule."""
+    context: int = Field(default=1, ge=1)
+    """Ranks that share each row's tokens."""
+    expert: int = Field(default=1, ge=1)
+    """Expert parallelism; only 1: the dense models have no experts."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap: bool = True
+    """Overlap gradient reduction (and, with the distributed optimizer, parameter gathering) with computation."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds without progress after which a rank reports who is behind and ends."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ParallelConfig:
+        if self.expert != 1:
+            raise ValueError("expert: expert parallelism is not available (the dense GLM-4.1V has no experts); set it to 1")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("virtual_pipeline: needs pipeline > 1")
+        return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks of one model replica."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations are really sharded over tensor ranks."""
+        return self.sequence and self.tensor > 1
+
+    @property
+    def row_alignment(self) -> int:
+        """Documents of a row must start at multiples of this many tokens, so that context ranks cut each evenly."""
+        return 2 * self.context if self.context > 1 else 1
+
+    def check_model(self, shape: ModelShape) -> None:
+        """Refuse a layout that the model cannot be cut into.
+
+        Raises:
+            ConfigError: one line with the key, the number that does not divide and what to use.
+        """
+        text, vision = shape.text, shape.vision
+        for what, count in (
+            ("decoder attention heads", text.num_heads),
+            ("ViT attention heads", vision.num_heads),
+            ("decoder MLP width", text.ffn_hidden_size),
+            ("ViT MLP width", vision.ffn_hidden_size),
+            ("merger MLP width", vision.merger_ffn_hidden_size),
+            ("vocabulary", text.vocab_size),
+        ):
+            if count % self.tensor:
+                raise ConfigError(
+                    f"parallel.tensor: {count} {what} cannot be divided over {self.tensor} tensor ranks; "
+                    f"use one of {_divisors(count)}"
+                )
+        larger, smaller = max(text.num_kv_heads, self.tensor), min(text.num_kv_heads, self.tensor)
+        if larger % smaller:
+            raise ConfigError(
+                f"parallel.tensor: {text.num_kv_heads} key/value heads and {self.tensor} tensor ranks do not divide each other"
+            )
+        chunks = self.pipeline * self.virtual_pipeline
+        if text.num_layers % chunks:
+            raise ConfigError(
+                f"parallel.pipeline: {text.num_layers} decoder layers cannot be divided over pipeline {self.pipeline} x "
+                f"virtual_pipeline {self.virtual_pipeline} = {chunks} chunks; use a product among {_divisors(text.num_layers)}"
+            )
+
+
+class PrecisionConfig(Config):
+    """Number formats."""
+
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Weights and activations; bf16 keeps fp32 main copies in the optimizer (not in the paper)."""
+    layers: Literal["auto", "te", "torch"] = "auto"
+    """Layer spec: te = Transformer Engine, torch = plain torch; auto takes te on CUDA where it is installed."""
+    fp8_text: Literal["off", "delayed", "current", "block"] = "off"
+    """FP8 scaling recipe of the decoder's matrix products (te only; not in the paper)."""
+    fp8_vision: Literal["off", "delayed", "current", "block"] = "off"
+    """FP8 scaling recipe of the vision tower's matrix products (te only; not in the paper)."""
+
+    @model_validator(mode="after")
+    def _fp8_needs_te(self) -> PrecisionConfig:
+        if "off" != self.fp8_text or "off" != self.fp8_vision:
+            if self.layers == "torch":
+                raise ValueError("fp8_text / fp8_vision: FP8 needs Transformer Engine; set layers to te or auto")
+            if self.dtype != "bf16":
+                raise ValueError("fp8_text / fp8_vision: FP8 needs dtype bf16")
+        return self
+
+
+class RecomputeConfig(Config):
+    """Activation recomputation, per tower (not in the paper)."""
+
+    text: Literal["none", "selective", "full"] = "none"
+    """none keeps all activations; selective recomputes core attention; full recomputes whole layers."""
+    vision: Literal["none", "selective", "full"] = "none"
+    """The same for the vision tower."""
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)

@@ -1,0 +1,153 @@
+"""The root of a training run: every stage before reinforcement learning is one such file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_glmv.config.base import Config, ConfigError
+from megatron_glmv.config.data import DataConfig
+from megatron_glmv.config.model import ModelConfig
+from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule. None of these values is in the paper, except where a stage file says so."""
+
+    lr: float = Field(default=1e-4, ge=0)
+    """Peak learning rate of the decoder."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay, for the decoder; other parts keep the same ratio to their peak."""
+    vision_lr: float | None = Field(default=None, ge=0)
+    """Peak learning rate of the vision tower; null: lr."""
+    merger_lr: float | None = Field(default=None, ge=0)
+    """Peak learning rate of the merger; null: lr."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Decay after the warm-up; wsd holds the peak and decays linearly over the last decay_steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Steps of the decay; null: all steps after the warm-up (wsd: a tenth of the run)."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; not applied to norms and biases."""
+    clip_grad_norm: float = Field(default=1.0, ge=0)
+    """Largest global gradient norm; 0 does not clip."""
+
+
+class CheckpointConfig(Config):
+    """Saving and resuming."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    keep: int = Field(default=2, ge=1)
+    """Newest complete checkpoints that stay on disk."""
+    keep_every_steps: int | None = Field(default=None, ge=1)
+    """Checkpoints at multiples of this step are never removed."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run folder, if there is one."""
+    start_from: Path | None = None
+    """Without a checkpoint of its own, start from the weights of this one (not its optimizer, step or data position)."""
+
+
+class MetricsConfig(Config):
+    """What is reported and where."""
+
+    every_steps: int = Field(default=1, ge=1)
+    """Steps between lines of the log and points of TensorBoard."""
+    tensorboard: bool = True
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Dense peak of one device in the training precision; null: known for H100/H200/A100, else no MFU."""
+
+
+class EvaluationConfig(Config):
+    """The loss on held-out rows."""
+
+    every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: only at the end. Needs data.eval_sources."""
+    rows: int = Field(default=64, ge=1)
+    """Rows of one evaluation; the same ones each time."""
+
+
+class TrainConfig(Config):
+    """One stage of training: pre-training, long-context training or SFT."""
+
+    run_folder: Path
+    """Everything the run writes: checkpoints, logs, TensorBoard, the resolved configuration."""
+    steps: int = Field(ge=1)
+    """Optimizer updates of the stage."""
+    global_batch_rows: int = Field(ge=1)
+    """Packed rows of one step, over all data-parallel ranks. A micro-batch is always one row."""
+    seed: int = Field(default=1234, ge=0)
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    megatron: dict[str, Any] = Field(default_factory=dict)
+    """Fields of Megatron's TransformerConfig passed through to the decoder; checked against its dataclass at start."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError("optimizer.warmup_steps: longer than the run")
+        if self.evaluation.every_steps and not self.data.eval_sources:
+            raise ValueError("evaluation.every_steps: needs data.eval_sources")
+        return self
+
+    def check(self) -> None:
+        """Everything that can be checked without a device, beyond single fields.
+
+        Raises:
+            ConfigError: one line with the key at fault and what to do.
+        """
+        shape = self.model.shape
+        self.parallel.check_model(shape)
+        length, layout = self.data.sequence_length, self.parallel
+        unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
+        if length % unit:
+            raise ConfigError(
+                f"data.sequence_length: {length} is not a multiple of {unit}, which context {layout.context} and tensor "
+                f"{layout.tensor} need; use {length // unit * unit or unit}"
+            )
+        if length > shape.text.max_positions:
+            raise ConfigError(
+                f"data.sequence_length: {length} is longer than the model's {shape.text.max_positions} positions"
+            )
+        if layout.virtual_pipeline > 1 and self.global_batch_rows % layout.pipeline:
+            raise ConfigError(
+                f"global_batch_rows: the interleaved schedule needs a multiple of pipeline {layout.pipeline} on every replica"
+            )
+
+    def data_parallel(self, num_ranks: int) -> int:
+        """Data-parallel size on `num_ranks` ranks.
+
+        Raises:
+            ConfigError: the ranks are not a multiple of one replica, or the batch does not divide.
+        """
+        replica = self.parallel.model_ranks
+        if num_ranks % replica:
+            raise ConfigError(
+                f"parallel: one replica takes tensor {self.parallel.tensor} x pipeline {self.parallel.pipeline} x context "
+                f"{self.parallel.context} = {replica} ranks; {num_ranks} ranks are not a multiple of it"
+            )
+        data = num_ranks // replica
+        if self.global_batch_rows % data:
+            raise ConfigError(
+                f"global_batch_rows: {self.global_batch_rows} rows cannot be dealt to {data} data-parallel ranks"
+            )
+        rows = self.global_batch_rows // data
+        if self.parallel.virtual_pipeline > 1 and rows % self.parallel.pipeline:
+            raise ConfigError(
+                f"global_batch_rows: {rows} rows a replica are not a multiple of pipeline {self.parallel.pipeline}, "
+                "which the interleaved schedule needs"
+            )
+        return data

@@ -1,0 +1,1 @@
+"""Token arithmetic: grids, positions, packed rows and their context-parallel slices. No process groups here."""
