@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -140,3 +140,12 @@ def pack(
         documents=tuple(spans),
         key=key,
     )
+
+
+def mask_documents(row: PackedSequence, documents: Sequence[int]) -> PackedSequence:
+    """The row with nothing trained in `documents` (indexes into row.documents), for samples whose pictures do not decode."""
+    weights = row.loss_weights.clone()
+    for document in documents:
+        _, start, end = row.documents[document]
+        weights[start:end] = 0.0
+    return replace(row, loss_weights=weights)
