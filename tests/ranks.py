@@ -1,0 +1,172 @@
+"""Real processes for tests that need several ranks.
+
+Each rank is a fresh interpreter with the environment that ``torchrun`` gives, so that the code under test starts exactly as
+in a run. The rendezvous store lives in the test's own process: no port is guessed, and it outlives a rank that dies.
+A spawn costs 6 to 10 s on two cores, so a module spawns once and makes many checks inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GRACE_S = 5.0
+TAIL_CHARS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How one rank ended."""
+
+    rank: int
+    exit_code: int
+    """Negative: ended by this signal."""
+    result: Any
+    """What the function returned; None unless the exit code is 0."""
+    output: str
+    """Standard output and standard error, interleaved."""
+    seconds: float
+    """From the start of all ranks to the end of this one."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+    """Call ``function(rank, *args)`` in `world_size` processes and return what each returned, in rank order.
+
+    Args:
+        function: a module-level function; it initialises torch.distributed itself, from the environment (``env://``).
+        world_size: number of processes.
+        args: picklable arguments, the same for every rank.
+        timeout_s: ranks that are alive after this many seconds are killed.
+
+    Raises:
+        AssertionError: a rank raised, died or ran out of time; the message holds the end of every failed rank's output.
+    """
+    outcomes = watch_ranks(function, world_size, *args, timeout_s=timeout_s, stop_on_failure=True)
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    if failed:
+        parts = [f"--- rank {o.rank} of {world_size} ended with {o.exit_code}\n{o.output[-TAIL_CHARS:]}" for o in failed]
+        raise AssertionError(f"{function.__qualname__} failed within {timeout_s:g} s:\n" + "\n".join(parts))
+    return [outcome.result for outcome in outcomes]
+
+
+def watch_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    stop_on_failure: bool = False,
+    environment: dict[str, str] | None = None,
+) -> list[Outcome]:
+    """Like :func:`run_ranks`, but report how each rank ended instead of raising.
+
+    Args:
+        stop_on_failure: kill the others a few seconds after the first failure; otherwise each ends by itself.
+        environment: variables that differ from this process's.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
+    with tempfile.TemporaryDirectory(prefix="ranks-") as name:
+        folder = Path(name)
+        (folder / "call.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+        started = time.monotonic()
+        processes = [_start(folder, rank, world_size, store.port, environment or {}) for rank in range(world_size)]
+        ended = _wait(processes, started, timeout_s, stop_on_failure)
+        return [_outcome(folder, rank, process.returncode, ended[rank]) for rank, process in enumerate(processes)]
+
+
+def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # The store is the test's, as it is the agent's under torchrun: no rank opens one.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *(entry for entry in sys.path if entry)]),
+        **extra,
+    }
+    with (folder / f"output_{rank}.txt").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", str(folder), str(rank)],
+            env=environment,
+            cwd=os.getcwd(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], started: float, timeout_s: float, stop: bool) -> list[float]:
+    """Wait for all processes; kill what is left at the deadline. Returns the second each one ended at."""
+    deadline = started + timeout_s
+    ended = [0.0] * len(processes)
+    try:
+        while any(process.poll() is None for process in processes):
+            now = time.monotonic()
+            for rank, process in enumerate(processes):
+                if process.returncode is not None and not ended[rank]:
+                    ended[rank] = now - started
+                    if stop and process.returncode:
+                        deadline = min(deadline, now + GRACE_S)
+            if now > deadline:
+                break
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return [seconds or time.monotonic() - started for seconds in ended]
+
+
+def _outcome(folder: Path, rank: int, exit_code: int, seconds: float) -> Outcome:
+    result = pickle.loads((folder / f"result_{rank}.pickle").read_bytes()) if exit_code == 0 else None
+    output = (folder / f"output_{rank}.txt").read_text(errors="replace")
+    return Outcome(rank, exit_code, result, output, seconds)
+
+
+def _main(folder: Path, rank: int) -> None:
+    """One rank: import the function's module, call it, store the result."""
+    import importlib
+
+    module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        function = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+        result = function(rank, *args)
+        (folder / f"result_{rank}.pickle").write_bytes(pickle.dumps(result))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # A rank that failed must not wait in a destructor for peers that are inside a collective.
+        os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), int(sys.argv[2]))
