@@ -1,0 +1,58 @@
+"""From a resized picture to rows of patches in Hugging Face's order, and from bytes to the values that the vision tower reads.
+
+Loaders ship bytes and the training device normalises them: a quarter of the traffic, and the same values.
+
+Source: transformers 5.23.0, models/glm4v/image_processing_glm4v.py (`_preprocess`) and image_processing_backends.py
+(`rescale_and_normalize`, the fused form); mean and deviation are CLIP's, of image_utils.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def patchify(picture: Tensor, patch: int = 14, temporal: int = 2, merge: int = 2) -> Tensor:
+    """Cut a picture into patches: 2 x 2 blocks row by row, row by row within a block, the picture in every temporal slot.
+
+    Args:
+        picture: [height, width, channels], any dtype; both sides are multiples of patch x merge.
+        patch: side of a patch in pixels.
+        temporal: frames that one patch covers.
+        merge: patches a side of a block that becomes one token.
+
+    Returns:
+        [height x width / patch^2, channels x temporal x patch x patch], the dtype of `picture`; each row is flattened
+        (channel, frame, row, column).
+
+    Raises:
+        ValueError: a side is not a multiple of patch x merge.
+    """
+    height, width, channels = picture.shape
+    if height % (patch * merge) or width % (patch * merge):
+        raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into blocks of {patch * merge} pixels")
+    blocks = picture.reshape(height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, channels)
+    blocks = blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, 1, patch, patch)
+    return blocks.expand(-1, -1, temporal, -1, -1).reshape(len(blocks), -1)
+
+
+def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that the vision tower reads, from the bytes that the loader ships.
+
+    Computed in float32 as (x - 255 mean) / (255 std), Hugging Face's fused form, and cast at the end.
+
+    Args:
+        patches: [N, 3 x temporal x patch x patch] uint8, rows flattened channel first; on any device.
+        dtype: of the result.
+
+    Returns:
+        [N, the same], `dtype`.
+    """
+    channels = len(CLIP_MEAN)
+    mean = (torch.tensor(CLIP_MEAN, device=patches.device) * 255.0).view(1, channels, 1)
+    std = (torch.tensor(CLIP_STD, device=patches.device) * 255.0).view(1, channels, 1)
+    values = patches.to(torch.float32).view(len(patches), channels, patches.shape[1] // channels)
+    return values.sub_(mean).div_(std).view(patches.shape).to(dtype)
