@@ -1,0 +1,1 @@
+"""Process groups, the platform under them, and our configuration as Megatron's."""
