@@ -105,7 +105,7 @@ class PrecisionConfig(Config):
 
     @model_validator(mode="after")
     def _fp8_needs_te(self) -> PrecisionConfig:
-        if "off" != self.fp8_text or "off" != self.fp8_vision:
+        if self.fp8_text != "off" or self.fp8_vision != "off":
             if self.layers == "torch":
                 raise ValueError("fp8_text / fp8_vision: FP8 needs Transformer Engine; set layers to te or auto")
             if self.dtype != "bf16":

@@ -119,9 +119,7 @@ class TrainConfig(Config):
                 f"{layout.tensor} need; use {length // unit * unit or unit}"
             )
         if length > shape.text.max_positions:
-            raise ConfigError(
-                f"data.sequence_length: {length} is longer than the model's {shape.text.max_positions} positions"
-            )
+            raise ConfigError(f"data.sequence_length: {length} is longer than the model's {shape.text.max_positions} positions")
         if layout.virtual_pipeline > 1 and self.global_batch_rows % layout.pipeline:
             raise ConfigError(
                 f"global_batch_rows: the interleaved schedule needs a multiple of pipeline {layout.pipeline} on every replica"
@@ -141,9 +139,7 @@ class TrainConfig(Config):
             )
         data = num_ranks // replica
         if self.global_batch_rows % data:
-            raise ConfigError(
-                f"global_batch_rows: {self.global_batch_rows} rows cannot be dealt to {data} data-parallel ranks"
-            )
+            raise ConfigError(f"global_batch_rows: {self.global_batch_rows} rows cannot be dealt to {data} data-parallel ranks")
         rows = self.global_batch_rows // data
         if self.parallel.virtual_pipeline > 1 and rows % self.parallel.pipeline:
             raise ConfigError(

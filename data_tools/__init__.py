@@ -1,0 +1,1 @@
+"""Offline tools that make packed data sets; ``glmv-data <tool>``."""

@@ -1,0 +1,1 @@
+"""Conversion between a Hugging Face folder and any parallel layout."""

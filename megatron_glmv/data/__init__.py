@@ -1,0 +1,1 @@
+"""Online data: rows, media and mixture; no process groups here."""

@@ -1,0 +1,1 @@
+"""The model, from Megatron layers: vision tower, merger and decoder."""
