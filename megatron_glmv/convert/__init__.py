@@ -1,1 +1,1 @@
-"""Conversion between a Hugging Face folder and any parallel layout."""
+"""Weights between Hugging Face folders and Megatron models or checkpoints, through one table of rules."""
