@@ -1,1 +1,1 @@
-"""Online data: rows, media and mixture; no process groups here."""
+"""Rows of packed samples: shards on disk, their global order, and the pictures decoded for the ranks that see them."""
