@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Sets up .venv if needed, then: style, import floors, types, and the default tests (neither slow nor gpu).
+# Arguments go to pytest: bash tests/run.sh -k grid;  bash tests/run.sh -m slow
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+cd "$GLMV_ROOT"
+# One thread a process: the tests run several ranks at once, and small tensors gain nothing from more.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+step() {
+    echo "== $1"
+    shift
+    local start=$SECONDS
+    "$@"
+    echo "-- $((SECONDS - start)) s"
+}
+
+step "ruff check" python -m ruff check .
+step "ruff format" python -m ruff format --check .
+step "import floors" lint-imports --no-logo
+step "mypy" python -m mypy
+step "pytest" python -m pytest -q --durations=10 "$@"
