@@ -108,7 +108,7 @@ def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str,
         return subprocess.Popen(
             [sys.executable, "-m", "tests.ranks", str(folder), str(rank)],
             env=environment,
-            cwd=os.getcwd(),
+            cwd=Path.cwd(),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -158,7 +158,7 @@ def _main(folder: Path, rank: int) -> None:
             function = getattr(function, part)
         result = function(rank, *args)
         (folder / f"result_{rank}.pickle").write_bytes(pickle.dumps(result))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever ends a rank must reach the report
         traceback.print_exc()
         sys.stderr.flush()
         # A rank that failed must not wait in a destructor for peers that are inside a collective.
