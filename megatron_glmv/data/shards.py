@@ -196,7 +196,7 @@ class ShardWriter:
                 raise ShardError(f"sample {document.key!r}: a token id outside the vocabulary of {vocab_size}")
         needed = sum(-(-len(document.tokens) // align) * align for document in documents)
         if needed > length:
-            raise ShardError(f"row of {documents[0].key!r}: {needed} tokens (rounded to {align} a document) in a row of {length}")
+            raise ShardError(f"row of {documents[0].key!r}: {needed} tokens (rounded up to {align}) in a row of {length}")
 
     def _add(self, name: str, data: bytes) -> None:
         assert self._tar is not None

@@ -1,0 +1,122 @@
+"""The global order of rows: a pure function of seed and step, whatever the number of replicas, workers and restarts.
+
+Position p = step x global_batch_rows + i names one row of one source. The state of the data stream is therefore the step alone,
+a resumed run reads the same bytes, and the number of data-parallel replicas may change in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_glmv.data.mixture import Mixture
+
+ROUNDS = 6
+"""Feistel rounds; four are enough to look random, two more are cheap."""
+MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One row of the stream: `row` of source number `source`, in this source's pass number `epoch`."""
+
+    source: int
+    row: int
+    epoch: int
+
+
+@lru_cache(maxsize=256)
+def permutation_keys(seed: int, name: str, epoch: int) -> tuple[int, ...]:
+    """Keys of one epoch's permutation of one source; the name enters by a hash that is the same in every process."""
+    hashed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    words = np.random.SeedSequence([seed, hashed, epoch]).generate_state(ROUNDS, np.uint64)
+    return tuple(int(word) for word in words)
+
+
+def permute(index: int, size: int, keys: Sequence[int]) -> int:
+    """Where a keyed permutation of 0 .. size - 1 sends `index`.
+
+    A Feistel network over the next power of four, walked until it lands inside: no table is kept, so a source of a billion
+    rows costs no memory, and integer arithmetic alone decides, so the order does not depend on a library's version.
+
+    Args:
+        index: 0 .. size - 1.
+        size: of the permuted range.
+        keys: one 64-bit word a round.
+    """
+    half = max(4, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in keys:
+            left, right = right, left ^ (_scramble(right ^ key) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _scramble(word: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    word = (word + 0x9E3779B97F4A7C15) & MASK
+    word = ((word ^ word >> 30) * 0xBF58476D1CE4E5B9) & MASK
+    word = ((word ^ word >> 27) * 0x94D049BB133111EB) & MASK
+    return word ^ word >> 31
+
+
+class GlobalOrder:
+    """The rows of every step, for all replicas together or for one of them."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        sizes: Sequence[int],
+        *,
+        seed: int,
+        global_batch_rows: int,
+        shuffle: bool = True,
+    ) -> None:
+        """Describe the stream.
+
+        Args:
+            names: of the sources; they seed the permutations, so renaming a source changes its order.
+            weights: shares of the sources, in any unit.
+            sizes: rows of each source.
+            seed: of the run, 0 or more.
+            global_batch_rows: rows of one step over all replicas.
+            shuffle: permute each source anew every epoch; false keeps the order on disk.
+
+        Raises:
+            ValueError: a source without rows, or weights that make no mixture.
+        """
+        if not all(size > 0 for size in sizes):
+            raise ValueError(f"source {names[list(sizes).index(0)]!r} holds no row")
+        self._names, self._sizes = tuple(names), tuple(sizes)
+        self._mixture = Mixture(weights, seed)
+        self._seed, self._shuffle = seed, shuffle
+        self.global_batch_rows = global_batch_rows
+
+    def at(self, position: int) -> Draw:
+        """The row at one position of the stream."""
+        source, drawn = self._mixture.locate(position)
+        size = self._sizes[source]
+        epoch, row = divmod(drawn, size)
+        if self._shuffle:
+            row = permute(row, size, permutation_keys(self._seed, self._names[source], epoch))
+        return Draw(source, row, epoch)
+
+    def step(self, step: int, data_rank: int = 0, data_size: int = 1) -> tuple[Draw, ...]:
+        """The rows of one step that replica `data_rank` of `data_size` takes: a contiguous part of the global batch.
+
+        Raises:
+            ValueError: the global batch does not divide by the replicas.
+        """
+        share, rest = divmod(self.global_batch_rows, data_size)
+        if rest:
+            raise ValueError(f"a global batch of {self.global_batch_rows} rows does not divide by {data_size} replicas")
+        start = step * self.global_batch_rows + data_rank * share
+        return tuple(self.at(position) for position in range(start, start + share))
