@@ -4,8 +4,8 @@ transformers is the definition of the function that this project's model must co
 random weights are only chosen large enough that every part of it moves the logits.
 
 Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py. `forward` refuses image and video in one document (both use the
-image token), so mixed documents are fed embeddings and positions by hand; for image-only documents that equals the ordinary call
-bit for bit. Packed rows have no reference of their own: each document runs alone, unpadded and without a cache.
+image token), so mixed documents are fed embeddings and positions by hand; for image-only documents that equals the ordinary
+call bit for bit. Packed rows have no reference of their own: each document runs alone, unpadded and without a cache.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def random_model(
     Args:
         variant: one of `VARIANTS`.
         seed: of the weights.
-        epsilon_probe: shrink the input of every norm to about sqrt(1e-5), so that a wrong epsilon moves the logits by more than 1;
-            on ordinary weights it cannot be seen.
+        epsilon_probe: shrink the input of every norm to about sqrt(1e-5), so that a wrong epsilon moves the logits by more
+            than 1; on ordinary weights it cannot be seen.
         attention: transformers' attention implementation, sdpa or eager.
     """
     config = Glm4vConfig(**hf_config(variant))
@@ -222,8 +222,8 @@ def _document(rng: np.random.Generator, shape: ModelShape, script: Script, key: 
             tokens += pictured
             frames.append((part.rows, part.columns))
         else:
-            stamped = [pictured + words(1) for _ in range(part.frames)]
-            tokens += [special.video_start, *sum(stamped, []), special.video_end]
+            stamped = [token for _ in range(part.frames) for token in (*pictured, *words(1))]
+            tokens += [special.video_start, *stamped, special.video_end]
             frames += [(part.rows, part.columns)] * part.frames
     weights = rng.uniform(0.25, 1.0, len(tokens)) * (rng.random(len(tokens)) < 0.7)
     return Document(np.array(tokens, dtype=np.int64), weights.astype(np.float32), tuple(frames), key)
@@ -277,14 +277,14 @@ def document_inputs(case: Case, shape: ModelShape) -> list[DocumentInputs]:
 
 
 def token_types(input_ids: Tensor, shape: ModelShape) -> Tensor:
-    """Hugging Face's mm_token_type_ids: image tokens are 2 between a video's begin and end, else 1. Same shape as `input_ids`."""
+    """Hugging Face's mm_token_type_ids, like `input_ids`: image tokens are 2 between a video's begin and end, else 1."""
     special = shape.tokens
     in_video = (input_ids == special.video_start).cumsum(-1) > (input_ids == special.video_end).cumsum(-1)
     return (input_ids == special.image) * torch.where(in_video, 2, 1)
 
 
 def rope_positions(model: Glm4vForConditionalGeneration, inputs: DocumentInputs) -> Tensor:
-    """transformers' own positions of a document, [3, 1, n] int64."""
+    """The positions that transformers gives a document, [3, 1, n] int64."""
     positions, _ = model.model.get_rope_index(
         inputs.input_ids, inputs.types, image_grid_thw=inputs.image_grids, video_grid_thw=inputs.video_grids
     )
@@ -310,7 +310,7 @@ def document_logits(model: Glm4vForConditionalGeneration, inputs: DocumentInputs
 
 
 def mixed_logits(model: Glm4vForConditionalGeneration, inputs: DocumentInputs, positions: Tensor) -> Tensor:
-    """Logits of a document with embeddings and positions fed by hand, [n, vocab]; the only way with image and video together."""
+    """Logits of a document with embeddings and positions fed by hand, [n, vocab]; the only way to mix image and video."""
     embeddings = model.get_input_embeddings()(inputs.input_ids)
     if inputs.image_patches is not None:
         features = model.model.get_image_features(inputs.image_patches, inputs.image_grids).pooler_output
@@ -336,8 +336,8 @@ def case_gradients(model: Glm4vForConditionalGeneration, case: Case) -> tuple[fl
     """The weighted sum of a case's token losses and its gradient by Hugging Face name.
 
     Returns:
-        The sum over documents and tokens of loss_weights[i + 1] x cross-entropy of token i + 1 (not divided by anything), and the
-        gradient of every parameter; zeros where a case does not reach it, such as the vision tower in a text.
+        The sum over documents and tokens of loss_weights[i + 1] x cross-entropy of token i + 1 (not divided by anything), and
+        the gradient of every parameter; zeros where a case does not reach it, such as the vision tower in a text.
     """
     model.zero_grad(set_to_none=True)
     total = 0.0
