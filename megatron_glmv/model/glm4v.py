@@ -1,0 +1,154 @@
+"""GLM-4.1V on one rank: the vision tower and merger on the first pipeline stage, this stage's part of the decoder.
+
+Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vForConditionalGeneration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from torch import Tensor
+
+from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.model.inputs import ModelInputs, VisionInputs
+from megatron_glmv.model.projector import VisionProjection
+from megatron_glmv.model.text import TextModel
+from megatron_glmv.model.vision import VisionModel
+from megatron_glmv.parallel.mcore import layer_kind, merger_config, text_config, vision_config
+
+PARTS = {"vision": "vision_model", "merger": "vision_projection", "text": "language_model"}
+"""The configuration's names of the model's parts, and the modules that hold them."""
+
+
+class Glm4vModel(MegatronModule):
+    """What one rank holds of the model."""
+
+    share_embeddings_and_output_weights = False
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        config: TransformerConfig,
+        vision: TransformerConfig,
+        merger: TransformerConfig,
+        kind: str,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.shape, self.pre_process, self.post_process, self.vp_stage = shape, pre_process, post_process, vp_stage
+        if pre_process:
+            self.vision_model = VisionModel(vision, shape.vision, kind)
+            self.vision_projection = VisionProjection(merger, shape.vision, kind)
+        self.language_model = TextModel(
+            config,
+            shape.text,
+            kind,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+            num_layers=get_num_layers_to_build(config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()),
+        )
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """Megatron's schedule hands over the previous stage's output here."""
+        single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.language_model.decoder.set_input_tensor(single)
+
+    def forward(self, inputs: ModelInputs, *, return_logits: bool = False) -> Tensor:
+        """Run this stage on one row.
+
+        Args:
+            inputs: the row, cut for this rank.
+            return_logits: on the last stage, return logits instead of losses.
+
+        Returns:
+            On the last stage [1, S] float32 losses of every token (or [S, 1, vocabulary / tensor ranks] logits), on others
+            [s, 1, hidden] for the next stage.
+        """
+        hidden = self._embed(inputs) if self.pre_process else None
+        hidden = self.language_model(hidden, inputs)
+        if not self.post_process:
+            return hidden
+        logits = self.language_model.logits(hidden)
+        return logits if return_logits else self.language_model.token_losses(logits, inputs.labels)
+
+    def _embed(self, inputs: ModelInputs) -> Tensor:
+        """Embeddings with the pictures' features laid over their placeholders: [s, 1, hidden]."""
+        embeddings = self.language_model.embed(inputs.tokens)
+        if inputs.vision is not None:
+            features = self._features(inputs.vision)
+            taken = features.index_select(0, inputs.vision.feature_index).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, inputs.vision.token_index, taken)
+            if not len(inputs.vision.token_index):
+                embeddings = embeddings + 0.0 * features.sum().to(embeddings.dtype)
+        if self.config.sequence_parallel:
+            embeddings = scatter_to_sequence_parallel_region(embeddings)
+        return embeddings
+
+    def _features(self, vision: VisionInputs) -> Tensor:
+        """[V, 1, hidden] merged features of all frames, the same on every tensor rank."""
+        features = self.vision_projection(self.vision_model(vision))
+        if self.config.sequence_parallel:
+            # Every tensor rank goes on to compute the same embeddings, so the gradient is cut, not summed.
+            features = gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=False)
+        return features
+
+
+def build_model(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    recompute: RecomputeConfig,
+    *,
+    megatron: dict[str, Any] | None = None,
+    freeze: Sequence[str] = (),
+) -> list[Glm4vModel]:
+    """Build this rank's model: one chunk, or one for each virtual pipeline stage.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for where it cannot run, or a Megatron field is refused.
+    """
+    kind = layer_kind(precision)
+    config = text_config(shape, parallel, precision, recompute, megatron)
+    vision = vision_config(shape, parallel, precision, recompute)
+    merger = merger_config(shape, parallel, precision)
+    chunks = []
+    for chunk in range(parallel.virtual_pipeline):
+        vp_stage = chunk if parallel.virtual_pipeline > 1 else None
+        chunks.append(
+            Glm4vModel(
+                shape,
+                config,
+                vision,
+                merger,
+                kind,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            )
+        )
+    for model in chunks:
+        for part in freeze:
+            module = getattr(model, PARTS[part], None)
+            if module is not None:
+                module.requires_grad_(False)
+    return chunks
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Parameters that this rank holds of `model`."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,53 @@
+"""Random first weights that do not depend on the layout: each parameter is drawn whole, seeded by its name, then cut.
+
+Source: transformers 5.23.0, `PreTrainedModel._init_weights`: normal(0, initializer_range) matrices, zero biases, unit norms.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_glmv.model.glm4v import Glm4vModel
+
+
+@torch.no_grad()
+def initialize_weights(chunks: Sequence[Glm4vModel], seed: int, std: float) -> None:
+    """Fill every matrix of this rank's chunks with normal(0, std), norms with one and biases with zero."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                generator = torch.Generator().manual_seed(zlib.crc32(_global_name(chunk, name).encode()) + seed)
+                parameter.copy_(_draw_share(parameter, name, generator, std))
+
+
+def _global_name(chunk: nn.Module, name: str) -> str:
+    """The parameter's name with the layer's number in the whole model instead of in this chunk."""
+    match = re.match(r"(language_model\.decoder\.layers\.\d+)\.", name)
+    if match is None:
+        return name
+    layer = chunk.get_submodule(match.group(1))
+    return f"language_model.decoder.layers.{int(layer.layer_number) - 1}.{name[match.end() :]}"  # type: ignore[arg-type]
+
+
+def _draw_share(parameter: Tensor, name: str, generator: torch.Generator, std: float) -> Tensor:
+    """This tensor rank's part of the whole parameter, drawn on the CPU in fp32."""
+    size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+    axis = parameter.partition_dim
+    shape = list(parameter.shape)
+    shape[axis] *= size
+    whole = torch.empty(shape).normal_(0.0, std, generator=generator)
+    # A gated product holds gate and up one after the other on every rank; each is cut by itself.
+    parts = whole.chunk(2, axis) if "linear_fc1" in name else (whole,)
+    return torch.cat([part.chunk(size, axis)[rank] for part in parts], axis)

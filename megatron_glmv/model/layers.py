@@ -1,0 +1,72 @@
+"""The layers that Megatron does not have: norm fused with a column-parallel product in torch, and the sandwich layer.
+
+Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vTextDecoderLayer`; the names of the fused product's
+parameters are those of megatron-core 0.16.1, extensions/transformer_engine.py, `TELayerNormColumnParallelLinear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_glmv.model.norm import norm_weight, rms_norm
+
+AddResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm and column-parallel product in one module, with Transformer Engine's parameter names."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.layer_norm_weight = norm_weight(input_size, config)
+        self.epsilon = config.layernorm_epsilon
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, input] -> [s x tensor ranks under sequence parallelism, b, output / tensor ranks]."""
+        return super().forward(rms_norm(input_, self.layer_norm_weight, self.epsilon), *args, **kwargs)
+
+
+def add_residual(training: bool, fused: bool) -> AddResidual:
+    """Megatron's bias-dropout-add where there is neither bias nor dropout."""
+
+    def add(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        return residual + output_and_bias[0]
+
+    return add
+
+
+@dataclass
+class SandwichLayerSubmodules(TransformerLayerSubmodules):
+    """A layer with a norm after attention and after the MLP, too."""
+
+    post_self_attn_layernorm: ModuleSpec | type = IdentityOp
+    post_mlp_layernorm: ModuleSpec | type = IdentityOp
+
+
+class SandwichLayer(TransformerLayer):
+    """The decoder's layer: each branch is normed before and after, then added."""
+
+    def __init__(self, config: TransformerConfig, submodules: SandwichLayerSubmodules, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        norm = {"config": config, "hidden_size": config.hidden_size, "eps": config.layernorm_epsilon}
+        self.post_self_attn_layernorm = build_module(submodules.post_self_attn_layernorm, **norm)
+        self.post_mlp_layernorm = build_module(submodules.post_mlp_layernorm, **norm)
+        self.self_attn_bda = self._norm_and_add("post_self_attn_layernorm")
+        self.mlp_bda = self._norm_and_add("post_mlp_layernorm")
+
+    def _norm_and_add(self, name: str) -> Callable[[bool, bool], AddResidual]:
+        """A bias-dropout-add that norms the branch first."""
+
+        def add(output_and_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            return residual + getattr(self, name)(output_and_bias[0])
+
+        return lambda training, fused: add

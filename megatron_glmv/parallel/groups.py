@@ -1,0 +1,112 @@
+"""Process groups: made here, once, from our parallel configuration; everything else asks this module or Megatron's state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_glmv.config.parallel import ParallelConfig
+from megatron_glmv.parallel import platform
+
+platform.activate()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the platform must be chosen first)
+
+
+def num_ranks() -> int:
+    """Ranks of this job, from torchrun's environment; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(config: ParallelConfig, seed: int) -> None:
+    """Join the job's process group, build the groups of the layout and seed this rank's generators.
+
+    Args:
+        config: the layout; the data-parallel size is what remains.
+        seed: the run's seed. No random number depends on the data-parallel rank.
+    """
+    if not dist.is_initialized():
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+            os.environ.setdefault(name, value)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = "0"
+        timeout = datetime.timedelta(seconds=config.timeout_s)
+        dist.init_process_group(platform.backend(), timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
+        create_gloo_process_groups=config.distributed_optimizer,
+        distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
+    )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed every generator: per pipeline stage for all, per tensor rank for Megatron's model-parallel one."""
+    staged = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(staged)
+    np.random.seed(staged % 2**32)
+    torch.manual_seed(staged)
+    tensor_parallel.model_parallel_cuda_manual_seed(staged)
+
+
+def destroy() -> None:
+    """Leave all groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_rank() -> int:
+    """This rank's replica."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_size() -> int:
+    """Number of replicas."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def runs_vision() -> bool:
+    """Whether this rank's pipeline stage holds the vision tower."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def decodes_media() -> bool:
+    """Whether this rank decodes its replica's pictures: one rank a replica does, and sends them to the others."""
+    return (
+        runs_vision()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+
+
+def broadcast_patches(patches: torch.Tensor) -> None:
+    """Send the decoding rank's pictures to the other ranks of its replica that run the vision tower, in place."""
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    if dist.get_world_size(group) > 1:
+        dist.broadcast(patches, group_src=0, group=group)
+
+
+def broadcast_in_replica(value: torch.Tensor) -> None:
+    """Send a tensor from the decoding rank to every rank of its replica, in place."""
+    for group in (parallel_state.get_tensor_and_context_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        if dist.get_world_size(group) > 1:
+            dist.broadcast(value, group_src=0, group=group)
+
+
+def describe() -> str:
+    """This rank's place, for logs: ``rank 3 (tensor 1, pipeline 1, context 0, data 0)``."""
+    state = parallel_state
+    return (
+        f"rank {dist.get_rank()} (tensor {state.get_tensor_model_parallel_rank()}, "
+        f"pipeline {state.get_pipeline_model_parallel_rank()}, context {state.get_context_parallel_rank()}, "
+        f"data {state.get_data_parallel_rank()})"
+    )

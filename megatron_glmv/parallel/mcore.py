@@ -1,0 +1,157 @@
+"""Our configuration as Megatron's `TransformerConfig`, one for each of the decoder, the vision tower and the merger."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_glmv.config.base import ConfigError
+from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.parallel import platform
+
+platform.activate()
+
+from megatron.core.transformer import TransformerConfig  # noqa: E402  (the platform must be chosen first)
+
+try:
+    import transformer_engine  # noqa: F401
+
+    HAVE_TE = True
+except ImportError:
+    HAVE_TE = False
+
+FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
+"""Our recipe names to Megatron's `fp8_recipe`."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def layer_kind(precision: PrecisionConfig) -> str:
+    """Which layer spec to use: ``te`` or ``torch``.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for (directly or by FP8) and cannot run here.
+    """
+    usable = HAVE_TE and platform.has_cuda()
+    wants_fp8 = "off" != precision.fp8_text or "off" != precision.fp8_vision
+    if not usable and (precision.layers == "te" or wants_fp8):
+        key = "precision.layers" if precision.layers == "te" else "precision.fp8_text / fp8_vision"
+        raise ConfigError(f"{key}: Transformer Engine needs a CUDA device and the package; install the gpu extra or use torch")
+    if precision.layers == "auto":
+        return "te" if usable else "torch"
+    return precision.layers
+
+
+def text_config(
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    recompute: RecomputeConfig,
+    passed_through: dict[str, Any] | None = None,
+) -> TransformerConfig:
+    """The decoder's configuration; `passed_through` are the user's own Megatron fields.
+
+    Raises:
+        ConfigError: a passed-through field that Megatron does not have, or that Megatron refuses.
+    """
+    text = shape.text
+    fields: dict[str, Any] = dict(
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        ffn_hidden_size=text.ffn_hidden_size,
+        num_attention_heads=text.num_heads,
+        num_query_groups=text.num_kv_heads,
+        kv_channels=text.head_dim,
+        layernorm_epsilon=text.norm_epsilon,
+        add_qkv_bias=True,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
+        pipeline_dtype=DTYPES[precision.dtype],
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        deallocate_pipeline_outputs=True,
+        **_common(parallel, precision, precision.fp8_text),
+        **_recompute(recompute.text),
+    )
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name in passed_through or {}:
+        if name not in known:
+            raise ConfigError(f"megatron.{name}: megatron-core's TransformerConfig has no such field")
+    try:
+        return TransformerConfig(**(fields | (passed_through or {})))
+    except (ValueError, AssertionError, TypeError) as error:
+        raise ConfigError(f"megatron: TransformerConfig refuses these fields ({' '.join(str(error).split())})") from error
+
+
+def vision_config(
+    shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig, recompute: RecomputeConfig
+) -> TransformerConfig:
+    """The vision tower's configuration: it lives on the first stage and sees whole images, hence no pipeline and no context."""
+    vision = shape.vision
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        num_attention_heads=vision.num_heads,
+        layernorm_epsilon=vision.norm_epsilon,
+        add_qkv_bias=False,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        **_common(parallel, precision, precision.fp8_vision),
+        **_recompute(recompute.vision),
+    )
+
+
+def merger_config(shape: ModelShape, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
+    """The merger's configuration: one gated MLP of its own width at the decoder's hidden size."""
+    vision = shape.vision
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=vision.out_hidden_size,
+        ffn_hidden_size=vision.merger_ffn_hidden_size,
+        num_attention_heads=vision.num_heads,
+        kv_channels=vision.head_dim,
+        layernorm_epsilon=1e-5,  # torch.nn.LayerNorm's own default, which Hugging Face's merger uses
+        add_qkv_bias=False,
+        pipeline_model_parallel_size=1,
+        context_parallel_size=1,
+        **_common(parallel, precision, precision.fp8_vision),
+    )
+
+
+def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str) -> dict[str, Any]:
+    """Fields that both towers share."""
+    dtype = DTYPES[precision.dtype]
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=platform.has_cuda(),
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+    )
+    if fp8 != "off":
+        fields |= dict(fp8="hybrid", fp8_recipe=FP8_RECIPES[fp8])
+    return fields
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    if kind == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if kind == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return {}

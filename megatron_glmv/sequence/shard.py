@@ -1,0 +1,53 @@
+"""Context-parallel slices of a row that cost every rank the same causal attention.
+
+Each document is cut into ``2 x context`` equal chunks; rank r takes chunks r and ``2 x context - 1 - r``, so that every rank
+gets an early and a late one. An image may cross a cut: positions and features go with their tokens.
+
+Source: Transformer Engine 2.11, pytorch/attention/dot_product_attention/context_parallel.py (THD layout).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def context_indices(document_lengths: Sequence[int], context: int, rank: int) -> Tensor:
+    """Which tokens of the row rank `rank` of `context` holds, in the order in which it holds them.
+
+    Args:
+        document_lengths: lengths of the row's documents, each a multiple of ``2 x context``.
+
+    Returns:
+        [S / context] int64 indexes into the row.
+
+    Raises:
+        ValueError: a document cannot be cut evenly.
+    """
+    row = torch.arange(sum(document_lengths))
+    if context == 1:
+        return row
+    pieces, start = [], 0
+    for length in document_lengths:
+        if length % (2 * context):
+            raise ValueError(
+                f"a document of {length} tokens cannot be cut for context {context}; "
+                f"pack with --align {2 * context} or a multiple of it"
+            )
+        chunk = length // (2 * context)
+        for part in (rank, 2 * context - 1 - rank):
+            pieces.append(row[start + part * chunk : start + (part + 1) * chunk])
+        start += length
+    return torch.cat(pieces)
+
+
+def row_order(document_lengths: Sequence[int], context: int) -> Tensor:
+    """Where each token of the row stands after gathering all ranks' slices one after the other.
+
+    Returns:
+        [S] int64: ``gathered[row_order(...)]`` is the row.
+    """
+    gathered = torch.cat([context_indices(document_lengths, context, rank) for rank in range(context)])
+    return torch.argsort(gathered)
