@@ -1,0 +1,184 @@
+"""From a conversation to tokens and loss weights, with the tokenizer and chat template of a Hugging Face folder.
+
+GLM has no end-of-turn token: a turn of the assistant ends where the next role token, or end of text, stands, and generation
+stops on those. So that a model learns to stop, the token after an assistant's turn is trained like the turn itself. The
+template has no generation markers, so the turns are found from the role tokens; a text that contains such a marker literally is
+refused, because it would be taken for structure.
+
+Source: spec of GLM-4.1V's template and processor: transformers 5.23.0, models/glm4v/processing_glm4v.py (placeholder expansion)
+and image_processing_glm4v.py (limits in `size`); stop tokens from the released generation_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer
+
+from megatron_glmv.data.sample import Sample, SampleError
+from megatron_glmv.sequence.grid import Grid, PixelLimits
+from megatron_glmv.sequence.packed import Document
+
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+STOPS = ("<|user|>", "<|observation|>")
+"""Role tokens that end an assistant's turn; the last turn ends with END."""
+END = "<|endoftext|>"
+IMAGE, VIDEO = "<|image|>", "<|video|>"
+STRUCTURE = (*ROLE_TOKENS, END, IMAGE, VIDEO, "[gMASK]", "<sop>", "<eop>", "<|begin_of_image|>", "<|end_of_image|>",
+             "<|begin_of_video|>", "<|end_of_video|>")  # fmt: skip
+"""Markers that only the template may write; a text that holds one is an error."""
+
+
+class ProcessorError(ValueError):
+    """A processor folder that cannot be used; the message names the folder or file."""
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How the folder's image processor cuts a picture into patches."""
+
+    limits: PixelLimits
+    patch_size: int = 14
+    merge_size: int = 2
+
+
+def read_image_settings(folder: Path) -> ImageSettings:
+    """The limits and sizes of a folder's image processor.
+
+    Args:
+        folder: with preprocessor_config.json (the released layout) or processor_config.json (what transformers 5 saves).
+
+    Raises:
+        ProcessorError: neither file is there, or it has no `size` with shortest_edge and longest_edge.
+    """
+    path = folder / "preprocessor_config.json"
+    tree = _read_json(path)
+    if tree is None:
+        path = folder / "processor_config.json"
+        tree = (_read_json(path) or {}).get("image_processor")
+    if tree is None:
+        raise ProcessorError(f"{folder}: no preprocessor_config.json; name a folder of `glmv-data train-tokenizer` or of the model")
+    size = tree.get("size") or {}
+    if not {"shortest_edge", "longest_edge"} <= set(size):
+        raise ProcessorError(f"{path}: no size with shortest_edge and longest_edge, the limits in pixels x 2 frames")
+    limits = PixelLimits(int(size["shortest_edge"]), int(size["longest_edge"]))
+    return ImageSettings(limits, int(tree.get("patch_size", 14)), int(tree.get("merge_size", 2)))
+
+
+class Chat:
+    """The tokenizer, template and image settings of one processor folder.
+
+    Attributes:
+        tokenizer: of transformers.
+        image: how pictures are cut into patches.
+        vocab_size: every id is below it.
+        image_token: id of a merged visual token.
+        pad_token: id of end of text, which also fills rows.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Load a folder.
+
+        Raises:
+            ProcessorError: a missing file or template, or a tokenizer without GLM's special tokens.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise ProcessorError(f"{folder}: no such folder; name a folder of `glmv-data train-tokenizer` or of the model")
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ProcessorError(f"{folder}: transformers cannot load a tokenizer ({str(error).splitlines()[0]})") from None
+        if not self.tokenizer.chat_template:
+            raise ProcessorError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
+        vocabulary = self.tokenizer.get_vocab()
+        missing = [marker for marker in (*ROLE_TOKENS, END, IMAGE) if marker not in vocabulary]
+        if missing:
+            raise ProcessorError(f"{folder}: the tokenizer lacks GLM's special tokens {', '.join(missing)}")
+        self.image = read_image_settings(folder)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.image_token: int = vocabulary[IMAGE]
+        self.pad_token: int = vocabulary[END]
+        self._assistant: int = vocabulary["<|assistant|>"]
+        self._roles = np.array([vocabulary[marker] for marker in ROLE_TOKENS])
+        self._stops = np.array([vocabulary[marker] for marker in STOPS])
+        self._structure = re.compile("|".join(map(re.escape, STRUCTURE)))
+
+    def render(self, sample: Sample, *, generation_prompt: bool = False) -> str:
+        """The conversation as the template writes it, media as one placeholder each.
+
+        Args:
+            sample: to render.
+            generation_prompt: end with the opening of an assistant's turn.
+
+        Raises:
+            SampleError: a text holds a marker of the template.
+        """
+        messages = []
+        for message in sample.messages:
+            for item in message.content:
+                found = self._structure.search(item.value) if item.kind == "text" else None
+                if found:
+                    raise SampleError(sample.key, "a text holds a marker of the chat template", found.group())
+            content: Any = [{"type": item.kind, item.kind: item.value} for item in message.content]
+            if all(item.kind == "text" for item in message.content):
+                content = "".join(item.value for item in message.content)
+            messages.append({"role": message.role, "content": content})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+    def encode(self, sample: Sample, grids: Sequence[Grid]) -> Document:
+        """A sample as one document.
+
+        Every token of an assistant's turn is trained with weight 1, and so is the token that ends it; the role token and the
+        newline behind it are the prompt and are not.
+
+        Args:
+            sample: whose media are images.
+            grids: of each image, in the order of the text.
+
+        Returns:
+            A document with visual placeholders expanded to one token a merged patch; tokens int32, loss weights float32.
+
+        Raises:
+            SampleError: markers of the template in a text, a video, or grids that do not match the images.
+        """
+        if any(item.kind == "video" for item in sample.media()):
+            raise SampleError(sample.key, "videos cannot be packed yet")
+        ids = self.tokenizer(self.render(sample), add_special_tokens=False)["input_ids"]
+        tokens = np.array([*ids, self.pad_token], dtype=np.int32)
+        is_image = tokens == self.image_token
+        if int(is_image.sum()) != len(grids):
+            raise SampleError(sample.key, "the template does not show every image once",
+                              f"{int(is_image.sum())} placeholders for {len(grids)} images")  # fmt: skip
+        weights = self._weights(tokens)
+        repeats = np.ones(len(tokens), dtype=np.int64)
+        repeats[is_image] = [grid.num_tokens(self.image.merge_size) for grid in grids]
+        frames = tuple((grid.rows, grid.columns) for grid in grids)
+        return Document(np.repeat(tokens, repeats), np.repeat(weights, repeats), frames, sample.key)
+
+    def _weights(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """1 on the assistant's turns and on the tokens that end them; `tokens` ends with end of text."""
+        weights = np.zeros(len(tokens), dtype=np.float32)
+        edges = [*np.flatnonzero(np.isin(tokens, self._roles)), len(tokens) - 1]
+        for start, end in zip(edges, edges[1:], strict=False):
+            if tokens[start] == self._assistant:
+                weights[start + 2 : end] = 1.0
+                if end == edges[-1] or tokens[end] in self._stops:
+                    weights[end] = 1.0
+        return weights
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ProcessorError(f"{path}: not JSON ({error})") from None
