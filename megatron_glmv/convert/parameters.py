@@ -1,0 +1,67 @@
+"""A rank's live parameters under the names that they have in the whole model.
+
+With pipeline stages a layer's index in a chunk is local; the layer itself knows its number in the whole tower.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from megatron_glmv.config.model import ModelShape
+from megatron_glmv.convert.mapping import check_names, megatron_names
+
+_LAYER = re.compile(r"(.*\.decoder\.layers)\.\d+")
+
+
+def local_parameters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:
+    """This rank's parameters (its tensor shard of each) by full name.
+
+    Args:
+        model_chunks: the rank's chunks of the model, with or without Megatron's wrappers.
+    """
+    found: dict[str, Parameter] = {}
+    for chunk in unwrap_model(list(model_chunks)):
+        full: dict[str, str] = {}
+        for name, module in chunk.named_modules():
+            if match := _LAYER.fullmatch(name):
+                full[name] = f"{match[1]}.{module.layer_number - 1}"
+        for name, parameter in chunk.named_parameters():
+            layer = match[0] if (match := _LAYER.match(name)) else ""
+            found[full[layer] + name[len(layer) :] if layer else name] = parameter
+    return found
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Where a parameter lives: the pipeline rank that holds it, and the dtype in which that rank has it."""
+
+    stage: int
+    dtype: torch.dtype
+
+
+def pipeline_owners(local: Mapping[str, Tensor], shape: ModelShape) -> dict[str, Owner]:
+    """Who holds each parameter; collective over the pipeline ranks.
+
+    Args:
+        local: this rank's tensors by full name.
+        shape: the architecture.
+
+    Raises:
+        MappingError: the stages together hold a parameter that no rule covers, or lack one that a rule needs.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    held = {name: tensor.dtype for name, tensor in local.items()}
+    stages: list[dict[str, torch.dtype]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(stages, held, group=group)
+    owners = {name: Owner(stage, dtype) for stage, names in enumerate(stages) for name, dtype in names.items()}
+    check_names(owners, megatron_names(shape), "the model's parameters")
+    return owners
