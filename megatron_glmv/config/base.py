@@ -5,6 +5,7 @@ Nothing here imports torch or Megatron, so that ``glmv check`` answers in a frac
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line that names the key and what to do."""
+class InputError(ValueError):
+    """Something given from outside cannot be used; the message is one line that names the file, key or sample and what to do.
+
+    The command line shows the message alone; every other exception is a fault of the program and shows its traceback.
+    """
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used."""
 
 
 class Config(BaseModel):
@@ -101,10 +109,14 @@ def validate(root: type[Root], tree: Mapping[str, Any], where: str = "") -> Root
     try:
         return root.model_validate(dict(tree))
     except ValidationError as error:
-        raise ConfigError(_one_line(error, where)) from None
+        raise ConfigError(one_line(error, where)) from None
 
 
-def _one_line(error: ValidationError, where: str) -> str:
+# Validators of a node name their own field first ("expert: ..."); the node's place is put before it.
+_STARTS_WITH_KEY = re.compile(r"[a-z]\w*: ")
+
+
+def one_line(error: ValidationError, where: str) -> str:
     """Every fault of a pydantic error in one line, the key first."""
     faults = []
     for fault in error.errors():
@@ -112,7 +124,8 @@ def _one_line(error: ValidationError, where: str) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             message = "unknown key; `glmv check --schema` lists the keys there are"
-        faults.append(f"{key}: {message}" if key else message)
+        within = "." if _STARTS_WITH_KEY.match(message) else ": "
+        faults.append(f"{key}{within}{message}" if key else message)
     return (f"{where}: " if where else "") + "; ".join(faults)
 
 

@@ -10,12 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from megatron_glmv.config.base import Config, ConfigError
+from megatron_glmv.config.base import Config, ConfigError, one_line
 
 PRESETS = Path(__file__).parent / "presets"
 SUPPORTED = ("glm4v",)
+FIXED = {
+    "tie_word_embeddings": False,
+    "text_config.tie_word_embeddings": False,
+    "text_config.hidden_act": "silu",
+    "text_config.rope_parameters.rope_type": "default",
+    "vision_config.hidden_act": "silu",
+    "vision_config.attention_bias": False,
+}
+"""Switches of the Hugging Face configuration that this project's model knows in one position only."""
 Part = Literal["vision", "merger", "text"]
 
 
@@ -37,6 +46,17 @@ class TextShape(Config):
     """Frequencies that follow the time, row and column axis; they sum to rotary_dim / 2."""
     max_positions: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _rotary_fits(self) -> TextShape:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key/value heads")
+        if self.rotary_dim > self.head_dim or 2 * sum(self.mrope_section) != self.rotary_dim:
+            raise ValueError(
+                f"mrope_section {list(self.mrope_section)} must sum to half of the {self.rotary_dim} rotated channels "
+                f"(partial_rotary_factor x head_dim {self.head_dim})"
+            )
+        return self
+
 
 class VisionShape(Config):
     """The vision tower's and the merger's numbers."""
@@ -56,6 +76,14 @@ class VisionShape(Config):
     """Width of a merged token: the decoder's hidden size."""
     merger_ffn_hidden_size: int = Field(ge=1)
     in_channels: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> VisionShape:
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"vision width {self.hidden_size} is not {self.num_heads} heads of a multiple of 4 channels (two-axis rotary)"
+            )
+        return self
 
     @property
     def head_dim(self) -> int:
@@ -88,28 +116,48 @@ class ModelShape(Config):
     vision: VisionShape
     tokens: SpecialTokens
 
+    @model_validator(mode="after")
+    def _parts_meet(self) -> ModelShape:
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ValueError(
+                f"vision out_hidden_size {self.vision.out_hidden_size} differs from the decoder's width {self.text.hidden_size}"
+            )
+        return self
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], where: str) -> ModelShape:
         """Read a Hugging Face ``config.json`` tree.
 
         Raises:
-            ConfigError: another model type, a flat (pre-v5) file, or a missing number; one line naming `where`.
+            ConfigError: another model type or variant, a flat (pre-v5) file, a missing or impossible number; one line naming
+                `where`.
         """
         kind = hf.get("model_type")
         if kind not in SUPPORTED:
             raise ConfigError(f"{where}: model_type {kind!r} is not supported; this project trains {', '.join(SUPPORTED)}")
         if "text_config" not in hf or "vision_config" not in hf:
             raise ConfigError(f"{where}: no nested text_config / vision_config; re-save it with transformers >= 5")
+        for path, value in FIXED.items():
+            found = _find(hf, path)
+            if found not in (None, value):
+                raise ConfigError(f"{where}: {path} is {found!r}; only {value!r}, as in every released GLM-4.1V, is supported")
         text, vision = hf["text_config"], hf["vision_config"]
         try:
             return cls(text=_text_shape(text), vision=_vision_shape(vision), tokens=_special_tokens(hf, text))
         except KeyError as error:
             raise ConfigError(f"{where}: the key {error.args[0]!r} is missing") from None
+        except ValidationError as error:
+            raise ConfigError(one_line(error, where)) from None
+
+
+def _find(tree: Any, path: str) -> Any:
+    """The value at a dotted path, or None."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
 
 
 def _text_shape(text: dict[str, Any]) -> TextShape:
-    if text.get("tie_word_embeddings"):
-        raise ValueError("text_config.tie_word_embeddings: tied embeddings are not supported (no released GLM-4.1V ties them)")
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     rope = text["rope_parameters"]
     return TextShape(

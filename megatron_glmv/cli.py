@@ -1,0 +1,196 @@
+"""``glmv``: parse the command line, call the command, turn errors into one line and an exit code.
+
+The commands that compute live on lower floors and are imported by name only when they are called, so that ``glmv check``
+and ``glmv --help`` answer without loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_glmv import __version__
+from megatron_glmv.config.base import ConfigError, InputError, load, to_yaml
+from megatron_glmv.config.summary import summarize
+from megatron_glmv.config.training import TrainConfig
+
+OK, FAILED, BAD_USAGE = 0, 1, 2
+
+EXAMPLES = """\
+examples:
+  glmv check examples/pretrain.yaml                        what would run: tree, parameters, tokens, ranks
+  glmv check examples/sft.yaml parallel.tensor=4           the same with one value changed
+  glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
+  torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
+  glmv export runs/quickstart/train runs/quickstart/hf --processor runs/quickstart/data/train/processor
+
+Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration cannot be used.
+"""
+CHECK_HELP = """\
+Validates without importing torch, prints the resolved tree as YAML and a summary as comments: the output is again a valid
+configuration. Files are merged left to right, then a.b=value arguments; a value is read as YAML (null, true, [1, 2]).
+"""
+TRAIN_HELP = """\
+Under torchrun every rank runs this command. Outside torchrun, --ranks N starts N ranks on this machine; without --ranks
+the run has one rank. A run folder that holds a complete checkpoint is resumed from it.
+"""
+EXPORT_HELP = """\
+Writes config.json, the weights as safetensors and the processor's files: a folder that transformers loads. The layout the
+checkpoint was trained in does not matter.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one ``glmv`` command.
+
+    Args:
+        argv: arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad configuration or usage.
+    """
+    arguments = _parse(argv)
+    try:
+        return arguments.call(arguments)
+    except ConfigError as error:
+        return _report(str(error), BAD_USAGE)
+    except InputError as error:
+        return _report(str(error), FAILED)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``glmv``."""
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="glmv",
+        description="Train GLM-4.1V in tensor, pipeline, sequence, context and data parallel.",
+        epilog=EXAMPLES,
+        formatter_class=plain,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-glmv {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "check", help="validate a configuration and show what it amounts to", description=CHECK_HELP, formatter_class=plain
+    )
+    _add_configuration(command, required=False)
+    command.add_argument(
+        "--schema", action="store_true", help="print every key with its type, range and meaning as JSON schema"
+    )
+    command.set_defaults(call=_check)
+
+    command = commands.add_parser("train", help="train one stage", description=TRAIN_HELP, formatter_class=plain)
+    _add_configuration(command, required=True)
+    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    command.set_defaults(call=_train)
+
+    command = commands.add_parser(
+        "export", help="write a checkpoint as a Hugging Face folder", description=EXPORT_HELP, formatter_class=plain
+    )
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
+    command.add_argument("folder", type=Path, metavar="HF_FOLDER", help="folder to write")
+    command.add_argument(
+        "--processor", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer, chat template and image limits"
+    )
+    command.set_defaults(call=_export)
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes a list of positionals in one piece; here overrides may also follow an option: FILE --ranks 4 steps=5.
+    if rest and (not hasattr(arguments, "configuration") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.configuration += rest
+    return arguments
+
+
+def _add_configuration(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument(
+        "configuration",
+        nargs="+" if required else "*",
+        metavar="FILE.yaml | a.b=value",
+        help="YAML files, merged left to right, then overrides",
+    )
+
+
+def _load(items: Sequence[str]) -> TrainConfig:
+    """The checked tree of a command line's files and overrides."""
+    overrides = [item for item in items if "=" in item and not Path(item).is_file()]
+    files = [item for item in items if item not in overrides]
+    if not files:
+        raise ConfigError("no configuration file given; examples/ holds one for every stage")
+    config = load(TrainConfig, files, overrides)
+    config.check()
+    return config
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        print(json.dumps(TrainConfig.model_json_schema(), indent=1, ensure_ascii=False))
+        return OK
+    config = _load(arguments.configuration)
+    print(to_yaml(config))
+    print("\n".join(f"# {line}" for line in summarize(config).splitlines()))
+    return OK
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _load(arguments.configuration)
+    world = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ConfigError(f"--ranks: {arguments.ranks} is not a number of ranks; give 1 or more")
+    if world is not None and arguments.ranks not in (None, world):
+        raise ConfigError(f"--ranks: torchrun has already started {world} ranks; leave --ranks out under torchrun")
+    ranks = world or arguments.ranks or 1
+    if ranks < config.parallel.model_ranks:
+        raise ConfigError(_too_few(config, ranks, arguments.configuration))
+    config.data_parallel(ranks)
+    if world is None and ranks > 1:
+        return _start_ranks(ranks, arguments.configuration)
+    return importlib.import_module("megatron_glmv.training.command").run(config)
+
+
+def _too_few(config: TrainConfig, ranks: int, items: Sequence[str]) -> str:
+    layout, needed = config.parallel, config.parallel.model_ranks
+    return (
+        f"parallel: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} needs {needed} ranks or a "
+        f"multiple, here are {ranks}; run: torchrun --standalone --nproc-per-node {needed} -m megatron_glmv train "
+        f"{shlex.join(items)}"
+    )
+
+
+def _start_ranks(ranks: int, items: Sequence[str]) -> int:
+    """Become torchrun, so that signals and the exit code are its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*launcher, "-m", "megatron_glmv", "train", *items])
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    command = importlib.import_module("megatron_glmv.convert.command")
+    return command.run(arguments.checkpoint, arguments.folder, arguments.processor)
+
+
+def _report(message: str, code: int) -> int:
+    """Print one line for the user; under torchrun, name the rank where ranks can differ."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if code == BAD_USAGE and local_rank != 0:
+        # Every rank has found the same fault; torchrun ends the others once one has ended, so let rank 0 say it first.
+        time.sleep(2)
+        return code
+    rank = f"rank {os.environ['RANK']}: " if code == FAILED and "RANK" in os.environ else ""
+    print(f"glmv: error: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
