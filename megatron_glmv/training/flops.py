@@ -1,0 +1,162 @@
+"""Floating-point operations of GLM-4.1V by part, from document lengths and frame sizes, and what devices can do.
+
+An MFU is as good as this count. Formulas made for other models miss three things here: the vision tower's MLP is gated and
+as wide as `out_hidden_size` (the large `intermediate_size` belongs to the merger, which runs on a quarter of the tokens), its
+attention is quadratic in one frame and not in the row, and the decoder's attention is causal within one document.
+
+Counted: matrix products and attention, a multiply-add as two, of the tokens and patches that carry content. Not counted:
+padding, recomputed activations, norms, rotary, softmax, the position table.
+
+Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py; NVIDIA's data sheets for A100, H100 and H200.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal, NamedTuple
+
+from megatron_glmv.config.model import ModelShape, Part, TextShape, VisionShape
+from megatron_glmv.sequence.packed import PackedSequence
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of each part of the model.
+
+    Attributes:
+        vision_linear: patch embedding and the blocks' projections and MLPs.
+        vision_attention: scores and sums over values, within frames.
+        merger: downsample, projection and gated MLP.
+        text_linear: the decoder layers' projections and MLPs.
+        text_attention: scores and sums over values, causal, within documents.
+        head: the output layer.
+    """
+
+    vision_linear: float = 0.0
+    vision_attention: float = 0.0
+    merger: float = 0.0
+    text_linear: float = 0.0
+    text_attention: float = 0.0
+    head: float = 0.0
+
+    @property
+    def vision(self) -> float:
+        """The vision tower."""
+        return self.vision_linear + self.vision_attention
+
+    @property
+    def text(self) -> float:
+        """The decoder's layers."""
+        return self.text_linear + self.text_attention
+
+    @property
+    def total(self) -> float:
+        """The whole model."""
+        return sum(astuple(self))
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+def forward_flops(shape: ModelShape, document_lengths: Sequence[int], frames: Iterable[tuple[int, int]]) -> Flops:
+    """Operations of one forward pass.
+
+    Args:
+        shape: the model's numbers.
+        document_lengths: tokens of each document, visual ones included, padding left out.
+        frames: (rows, columns) in unmerged patches of each image, or of each temporal patch of a video.
+    """
+    entry, blocks, attention = _vision(shape.vision, [rows * columns for rows, columns in frames])
+    downsample, merger = _merger(shape.vision, sum(rows * columns for rows, columns in frames))
+    return Flops(entry + blocks, attention, downsample + merger, *_text(shape.text, document_lengths))
+
+
+def training_flops(
+    shape: ModelShape,
+    document_lengths: Sequence[int],
+    frames: Iterable[tuple[int, int]],
+    freeze: Collection[Part] = (),
+) -> Flops:
+    """Operations of one forward and backward pass.
+
+    A product costs as much again for the gradient of its input and for that of its weight. The first needs something that
+    learns before it, the second that the part itself learns; so three times the forward pass where everything learns, but
+    twice in the patch embedding (pixels have no gradient), and once in a vision tower that is frozen.
+
+    Args:
+        shape: the model's numbers.
+        document_lengths: tokens of each document, visual ones included, padding left out.
+        frames: (rows, columns) in unmerged patches of each image, or of each temporal patch of a video.
+        freeze: parts that do not learn; text includes the embedding and the head.
+    """
+    frames = list(frames)
+    entry, blocks, attention = _vision(shape.vision, [rows * columns for rows, columns in frames])
+    downsample, merger = _merger(shape.vision, sum(rows * columns for rows, columns in frames))
+    text_linear, text_attention, head = _text(shape.text, document_lengths)
+    vision, projector, text = ("vision" not in freeze, "merger" not in freeze, "text" not in freeze)
+    anything = vision or projector or text
+    return Flops(
+        vision_linear=entry * (1 + vision) + blocks * (1 + 2 * vision),
+        vision_attention=attention * (1 + 2 * vision),
+        merger=downsample * (1 + vision + projector) + merger * (1 + (vision or projector) + projector),
+        text_linear=text_linear * (1 + anything + text),
+        text_attention=text_attention * (1 + 2 * anything),
+        head=head * (1 + anything + text),
+    )
+
+
+def row_flops(shape: ModelShape, row: PackedSequence, freeze: Collection[Part] = ()) -> Flops:
+    """Operations of training on one packed row; its padding does not count."""
+    lengths = [end - start for _, start, end in row.documents]
+    return training_flops(shape, lengths, [(int(rows), int(columns)) for rows, columns in row.frames.tolist()], freeze)
+
+
+def _vision(vision: VisionShape, patches_of_frames: Sequence[int]) -> tuple[float, float, float]:
+    """Patch embedding, the blocks' matrices, attention."""
+    patches, width = sum(patches_of_frames), vision.hidden_size
+    entry = 2 * patches * vision.patch_dim * width
+    blocks = 2 * patches * (4 * width**2 + 3 * width * vision.ffn_hidden_size) * vision.num_layers
+    attention = 4 * width * sum(patches**2 for patches in patches_of_frames) * vision.num_layers
+    return entry, blocks, attention
+
+
+def _merger(vision: VisionShape, patches: int) -> tuple[float, float]:
+    """Downsample, and projection with the gated MLP."""
+    merged, width = patches // vision.spatial_merge_size**2, vision.out_hidden_size
+    downsample = 2 * merged * vision.hidden_size * vision.spatial_merge_size**2 * width
+    return downsample, 2 * merged * (width**2 + 3 * width * vision.merger_ffn_hidden_size)
+
+
+def _text(text: TextShape, document_lengths: Sequence[int]) -> tuple[float, float, float]:
+    """The layers' matrices, causal attention, the head."""
+    tokens, width = sum(document_lengths), text.hidden_size
+    query, key_value = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    layer = width * (query + 2 * key_value) + query * width + 3 * width * text.ffn_hidden_size
+    pairs = sum(length * (length + 1) // 2 for length in document_lengths)
+    return 2 * tokens * layer * text.num_layers, 4 * query * pairs * text.num_layers, 2 * tokens * width * text.vocab_size
+
+
+class Peak(NamedTuple):
+    """Dense peak of one device in operations a second; None: the device has no such units."""
+
+    fp32: float
+    bf16: float
+    fp8: float | None
+
+
+# Matched against the whole product name: the PCIe and NVL cards of the same family are slower, and not listed.
+PEAKS = {
+    r"NVIDIA H100 80GB HBM3": Peak(67e12, 989.4e12, 1978.9e12),
+    r"NVIDIA H200": Peak(67e12, 989.4e12, 1978.9e12),
+    r"NVIDIA A100.*": Peak(19.5e12, 312e12, None),
+}
+
+
+def device_peak(device_name: str, number_format: Literal["fp32", "bf16", "fp8"]) -> float | None:
+    """Dense peak in operations a second of a device by its product name; None where it is not known."""
+    for pattern, peak in PEAKS.items():
+        if re.fullmatch(pattern, device_name):
+            return getattr(peak, number_format)
+    return None

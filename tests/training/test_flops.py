@@ -1,0 +1,105 @@
+"""The count of operations equals what torch counts while transformers' model runs, to the last operation."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+from megatron_glmv.config.model import ModelConfig, Part
+from megatron_glmv.sequence.packed import Document, pack
+from megatron_glmv.training.flops import Flops, device_peak, forward_flops, row_flops, training_flops
+
+SHAPE = ModelConfig(preset="digits").shape
+FRAMES = [(4, 6), (2, 8)]
+IDS = [3, 5, 11, *[15] * 6, 12, 40, 41, 11, *[15] * 4, 12, *range(30, 47)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Glm4vForConditionalGeneration:
+    config = Glm4vConfig(**copy.deepcopy(ModelConfig(preset="digits").hf_config))
+    # Eager attention is plain matrix products, which torch counts; it computes the whole square also where it is masked.
+    return Glm4vForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+
+
+def loss_of(model: Glm4vForConditionalGeneration) -> torch.Tensor:
+    ids = torch.tensor([IDS])
+    return model(
+        input_ids=ids,
+        pixel_values=torch.zeros(sum(rows * columns for rows, columns in FRAMES), 1176),
+        image_grid_thw=torch.tensor([[1, *frame] for frame in FRAMES]),
+        mm_token_type_ids=(ids == SHAPE.tokens.image).long(),
+        labels=ids,
+    ).loss
+
+
+def full_square(flops: Flops) -> float:
+    """The total with the decoder's attention counted without its causal saving: n x n pairs for n (n + 1) / 2."""
+    size = len(IDS)
+    return flops.total + flops.text_attention * (2 * size / (size + 1) - 1)
+
+
+def test_forward_equals_torch_count_in_every_part(model: Glm4vForConditionalGeneration):
+    with torch.no_grad(), FlopCounterMode(display=False, depth=10) as counter:
+        loss_of(model)
+    counted = {name.partition(".")[2]: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    mine = forward_flops(SHAPE, [len(IDS)], FRAMES)
+    assert mine.merger == counted["model.visual.merger"] + counted["model.visual.downsample"]
+    assert mine.vision == counted["model.visual"] - mine.merger
+    assert mine.head == counted["lm_head"]
+    size = len(IDS)
+    assert mine.text_linear + mine.text_attention * 2 * size / (size + 1) == counted["model.language_model"]
+    assert full_square(mine) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "freeze", [(), ("vision",), ("merger",), ("text",), ("vision", "merger"), ("vision", "text"), ("merger", "text")], ids=str
+)
+def test_training_equals_torch_count_whatever_is_frozen(model: Glm4vForConditionalGeneration, freeze: tuple[Part, ...]):
+    visual = model.model.visual
+    merger = {id(p) for module in (visual.downsample, visual.merger) for p in module.parameters()}
+    vision = {id(p) for p in visual.parameters()} - merger
+    for parameter in model.parameters():
+        part = "vision" if id(parameter) in vision else "merger" if id(parameter) in merger else "text"
+        parameter.requires_grad_(part not in freeze)
+        parameter.grad = None
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model).backward()
+    assert full_square(training_flops(SHAPE, [len(IDS)], FRAMES, freeze)) == counter.get_total_flops()
+
+
+def test_documents_and_frames_attend_only_to_themselves():
+    both = training_flops(SHAPE, [100, 60], [(4, 6), (8, 8)])
+    assert both == training_flops(SHAPE, [100], [(4, 6)]) + training_flops(SHAPE, [60], [(8, 8)])
+    merged = training_flops(SHAPE, [160], [(4, 22)])
+    assert merged.text_attention > both.text_attention
+    assert merged.vision_attention > both.vision_attention
+    assert (merged.text_linear, merged.vision_linear) == (both.text_linear, both.vision_linear)
+
+
+def test_a_text_row_of_the_9b_costs_six_operations_a_weight_and_token():
+    shape = ModelConfig(preset="glm-4.1v-9b").shape
+    flops = training_flops(shape, [8192], [])
+    # decoder without embedding, biases and norms, with the head
+    weights = 8_779_522_048 - 151_552 * 4096 - 40 * (4608 + 4 * 4096) - 4096 + 620_756_992
+    assert flops.text_linear + flops.head == 6 * 8192 * weights
+    assert flops.vision == flops.merger == 0
+
+
+def test_padding_of_a_row_costs_nothing():
+    documents = [Document(np.array(IDS), np.ones(len(IDS)), tuple(FRAMES)), Document(np.arange(20, 40), np.ones(20))]
+    row = pack(documents, 512, image_token=SHAPE.tokens.image, pad_token=SHAPE.tokens.pad, align=8)
+    assert row_flops(SHAPE, row) == training_flops(SHAPE, [len(IDS), 20], FRAMES)
+
+
+def test_peaks_are_known_by_the_whole_product_name():
+    assert device_peak("NVIDIA H100 80GB HBM3", "bf16") == device_peak("NVIDIA H200", "bf16") == 989.4e12
+    assert device_peak("NVIDIA H100 80GB HBM3", "fp8") == 2 * 989.45e12
+    assert device_peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert device_peak("NVIDIA A100-SXM4-80GB", "fp8") is None
+    assert device_peak("NVIDIA H100 PCIe", "bf16") is None, "a slower card of the same family"
+    assert device_peak("cpu", "fp32") is None
