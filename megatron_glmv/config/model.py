@@ -158,7 +158,12 @@ def _find(tree: Any, path: str) -> Any:
 
 
 def _text_shape(text: dict[str, Any]) -> TextShape:
-    head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    if text.get("head_dim", head_dim) != head_dim:
+        raise ConfigError(
+            f"text_config.head_dim: {text['head_dim']} is not hidden_size / num_attention_heads = {head_dim}; "
+            "transformers' Glm4vTextAttention computes with the latter"
+        )
     rope = text["rope_parameters"]
     return TextShape(
         num_layers=text["num_hidden_layers"],

@@ -30,7 +30,7 @@ class RotarySelfAttention(SelfAttention):
         super().__init__(*args, **kwargs)
         self.rotate = rotate
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -34,6 +35,7 @@ PARTS = {"vision": "vision_model", "merger": "vision_projection", "text": "langu
 class Glm4vModel(MegatronModule):
     """What one rank holds of the model."""
 
+    model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
     def __init__(

@@ -44,7 +44,7 @@ def _draw_share(parameter: Tensor, name: str, generator: torch.Generator, std: f
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
         return torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
-    axis = parameter.partition_dim
+    axis: int = getattr(parameter, "partition_dim")  # noqa: B009  (set by Megatron on its own parameters)
     shape = list(parameter.shape)
     shape[axis] *= size
     whole = torch.empty(shape).normal_(0.0, std, generator=generator)

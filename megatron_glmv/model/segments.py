@@ -40,7 +40,7 @@ class Segments(PackedSeqParams):
     """
 
     groups: list[Group] = field(default_factory=list)
-    order: Tensor | None = None
+    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     context: int = 1
     rank: int = 0
 
@@ -81,5 +81,3 @@ def make_segments(lengths: Sequence[int], device: torch.device, context: int = 1
         context=context,
         rank=rank,
     )
-
-

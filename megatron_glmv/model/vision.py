@@ -60,6 +60,4 @@ class VisionModel(MegatronModule):
         weights = table_weights(tensor_share(inputs.coordinates.t(), self.config).t(), self.shape.position_grid)
         hidden = hidden + (weights @ self.position_embedding.weight.float()).to(dtype)
         rotary = vision_rotary(inputs.coordinates[0], inputs.coordinates[1], self.shape.head_dim)
-        return self.decoder(
-            hidden.unsqueeze(1), attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=inputs.segments
-        )
+        return self.decoder(hidden.unsqueeze(1), attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=inputs.segments)

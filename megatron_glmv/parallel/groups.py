@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import random
 
@@ -35,7 +35,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
             os.environ.setdefault(name, value)
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = "0"
-        timeout = datetime.timedelta(seconds=config.timeout_s)
+        timeout = dt.timedelta(seconds=config.timeout_s)
         dist.init_process_group(platform.backend(), timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,

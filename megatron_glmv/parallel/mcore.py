@@ -36,7 +36,7 @@ def layer_kind(precision: PrecisionConfig) -> str:
         ConfigError: Transformer Engine is asked for (directly or by FP8) and cannot run here.
     """
     usable = HAVE_TE and platform.has_cuda()
-    wants_fp8 = "off" != precision.fp8_text or "off" != precision.fp8_vision
+    wants_fp8 = precision.fp8_text != "off" or precision.fp8_vision != "off"
     if not usable and (precision.layers == "te" or wants_fp8):
         key = "precision.layers" if precision.layers == "te" else "precision.fp8_text / fp8_vision"
         raise ConfigError(f"{key}: Transformer Engine needs a CUDA device and the package; install the gpu extra or use torch")
@@ -126,32 +126,32 @@ def merger_config(shape: ModelShape, parallel: ParallelConfig, precision: Precis
 def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str) -> dict[str, Any]:
     """Fields that both towers share."""
     dtype = DTYPES[precision.dtype]
-    fields: dict[str, Any] = dict(
-        tensor_model_parallel_size=parallel.tensor,
-        sequence_parallel=parallel.sequence_parallel,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_activation_fusion=platform.has_cuda(),
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        calculate_per_token_loss=True,
-        perform_initialization=False,
-    )
+    fields: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_activation_fusion": platform.has_cuda(),
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "calculate_per_token_loss": True,
+        "perform_initialization": False,
+    }
     if fp8 != "off":
-        fields |= dict(fp8="hybrid", fp8_recipe=FP8_RECIPES[fp8])
+        fields |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[fp8]}
     return fields
 
 
 def _recompute(kind: str) -> dict[str, Any]:
     if kind == "full":
-        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if kind == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {}

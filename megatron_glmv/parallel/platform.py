@@ -24,7 +24,6 @@ from torch import Tensor
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like", "full_like")
 _CUDA_TYPES = {torch.float32: "FloatTensor", torch.float16: "HalfTensor", torch.bfloat16: "BFloat16Tensor"}
-_active = False
 
 
 def has_cuda() -> bool:
@@ -56,20 +55,18 @@ def memory_bytes() -> int:
 
 def activate() -> None:
     """Choose this rank's device; call before megatron.core is imported and before any process group exists."""
-    global _active
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
-    if _active:
+    if issubclass(torch.optim.AdamW, AdamW):
         return
-    _active = True
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     Tensor.type = _type_as_on_cuda(Tensor.type)  # type: ignore[method-assign]
     _replace_cuda_entry_points()
-    torch.optim.AdamW = AdamW  # type: ignore[misc]
+    torch.optim.AdamW = AdamW  # type: ignore[misc, assignment]
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: _generator.set_state(state)
@@ -136,7 +133,7 @@ def _replace_cuda_entry_points() -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
     cuda.random.get_rng_state = cuda.get_rng_state = lambda device="cuda": _generator.get_state()
     cuda.random.set_rng_state = cuda.set_rng_state = lambda state, device="cuda": _generator.set_state(state)
-    cuda.random.manual_seed = cuda.manual_seed = lambda seed: _generator.manual_seed(seed)
+    cuda.random.manual_seed = cuda.manual_seed = _generator.manual_seed
 
 
 class AdamW(torch.optim.Optimizer):

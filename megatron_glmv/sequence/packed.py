@@ -1,4 +1,4 @@
-"""`PackedSequence`: several documents end to end in one row, with their pictures; the one thing that data, model and RL share."""
+"""`PackedSequence`: several documents end to end in one row, with pictures: what data, model and RL share."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ def context_indices(document_lengths: Sequence[int], context: int, rank: int) ->
     row = torch.arange(sum(document_lengths))
     if context == 1:
         return row
-    pieces, start = [], 0
+    pieces: list[Tensor] = []
+    start = 0
     for length in document_lengths:
         if length % (2 * context):
             raise ValueError(
@@ -37,8 +38,8 @@ def context_indices(document_lengths: Sequence[int], context: int, rank: int) ->
                 f"pack with --align {2 * context} or a multiple of it"
             )
         chunk = length // (2 * context)
-        for part in (rank, 2 * context - 1 - rank):
-            pieces.append(row[start + part * chunk : start + (part + 1) * chunk])
+        both = (start + part * chunk for part in (rank, 2 * context - 1 - rank))
+        pieces.extend(row[first : first + chunk] for first in both)
         start += length
     return torch.cat(pieces)
 

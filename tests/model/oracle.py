@@ -38,12 +38,12 @@ _GROUPED_TEXT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
-    "head_dim": 48,
+    "head_dim": 24,
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 500000.0,
         "partial_rotary_factor": 0.5,
-        "mrope_section": [3, 5, 4],
+        "mrope_section": [1, 3, 2],
     },
 }
 _GROUPED_VISION = {

@@ -1,0 +1,167 @@
+"""One step: rows through Megatron's pipeline schedule, gradients over the whole batch's trained tokens, one update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_glmv.config.model import ModelShape, Part
+from megatron_glmv.data.loader import StepRows
+from megatron_glmv.model.inputs import make_inputs
+from megatron_glmv.parallel import groups, platform
+from megatron_glmv.sequence.packed import PackedSequence, mask_documents
+from megatron_glmv.training.assemble import Assembly
+from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; equal on all ranks."""
+
+    loss: float
+    """Mean loss of the trained tokens of the global batch."""
+    trained_tokens: int
+    useful_tokens: int
+    """Tokens of the global batch that are not padding."""
+    images: int
+    """Frames of the global batch that the vision tower saw."""
+    bad_samples: int
+    """Samples of the global batch whose pictures did not decode, and which were therefore not trained on."""
+    learning_rates: dict[Part, float]
+    grad_norm: float
+    applied: bool
+    """False: a gradient was not finite, and the step changed nothing."""
+
+
+def train_step(assembly: Assembly, batch: StepRows, step: int) -> StepResult:
+    """Run one optimizer update on this replica's rows of the step.
+
+    Args:
+        assembly: this rank's model and optimizer.
+        batch: this replica's rows; pictures and faults on the decoding rank only.
+        step: counted from 0; fixes the learning rates.
+    """
+    for chunk in assembly.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    assembly.optimizer.zero_grad()
+    rows, bad = agree_on_faults(batch)
+    outputs = run_schedule(assembly, rows, forward_only=False)
+    rates = set_learning_rates(assembly.optimizer, step, assembly.config)
+    outcome = step_optimizer(assembly.optimizer)
+    loss, tokens = reduce_loss(outputs)
+    counts = torch.tensor([sum(row.num_useful for row in rows), sum(len(row.frames) for row in rows), bad])
+    useful, images, bad_samples = _sum_over_replicas(counts)
+    return StepResult(loss, tokens, useful, images, bad_samples, rates, outcome.grad_norm, outcome.applied)
+
+
+@torch.no_grad()
+def evaluate_step(assembly: Assembly, batch: StepRows) -> tuple[float, int]:
+    """Sum of the losses and number of the trained tokens of one batch of held-out rows, over all replicas."""
+    for chunk in assembly.chunks:
+        chunk.eval()
+    rows, _ = agree_on_faults(batch)
+    loss, tokens = reduce_loss(run_schedule(assembly, rows, forward_only=True))
+    return loss * tokens, tokens
+
+
+def agree_on_faults(batch: StepRows) -> tuple[list[PackedSequence], int]:
+    """Tell every rank of the replica which samples did not decode, and stop training on them.
+
+    Returns:
+        The rows with those samples' loss weights at zero, and how many there are.
+    """
+    flags = [torch.zeros(len(row.documents), dtype=torch.int32) for row in batch.rows]
+    for fault in batch.faults:
+        flags[fault.row][fault.document] = 1
+    joined = torch.cat(flags).to(platform.device())
+    groups.broadcast_in_replica(joined)
+    bad = int(joined.sum())
+    if not bad:
+        return list(batch.rows), 0
+    parts = joined.cpu().split([len(flag) for flag in flags])
+    rows = [mask_documents(row, part.nonzero().flatten().tolist()) for row, part in zip(batch.rows, parts, strict=True)]
+    return rows, bad
+
+
+def run_schedule(assembly: Assembly, rows: Sequence[PackedSequence], *, forward_only: bool) -> list[Tensor]:
+    """Send `rows` through Megatron's schedule for this layout, one row a micro-batch.
+
+    Returns:
+        On the last stage, for each row [2] float32: this context rank's sum of weighted losses, and number of trained tokens.
+    """
+    num_chunks = len(assembly.chunks)
+    iterators = [iter(rows) for _ in range(num_chunks)]
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, assembly.shape),
+        data_iterator=iterators if num_chunks > 1 else iterators[0],
+        model=assembly.chunks if num_chunks > 1 else assembly.chunks[0],
+        num_microbatches=len(rows),
+        seq_length=assembly.config.data.sequence_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def _forward_step(shape: ModelShape, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
+    """Megatron's forward step: run one chunk on the next row; returns its output and the function that makes it a loss."""
+    model = chunk.module
+    row = next(iterator)
+    if model.pre_process:
+        row = replace(row, patches=_shared_patches(row, shape))
+    inputs = make_inputs(
+        row,
+        shape,
+        platform.device(),
+        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        context=parallel_state.get_context_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        with_vision=model.pre_process,
+    )
+    return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
+
+
+def _shared_patches(row: PackedSequence, shape: ModelShape) -> Tensor | None:
+    """The row's pictures on every rank that runs the vision tower; one rank of the replica has decoded them."""
+    if not row.num_patches:
+        return None
+    patches = row.patches
+    if patches is None:
+        patches = torch.empty(row.num_patches, shape.vision.patch_dim, dtype=torch.uint8)
+    patches = patches.to(platform.device())
+    groups.broadcast_patches(patches)
+    return patches
+
+
+def _weighted_loss(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of weighted losses, number of trained tokens, and both for the report; Megatron divides over the whole batch."""
+    loss = (losses * weights).sum()
+    trained = (weights > 0).sum()
+    return loss, trained.to(torch.int32), torch.stack((loss.detach(), trained.to(torch.float32)))
+
+
+def reduce_loss(outputs: list[Tensor]) -> tuple[float, int]:
+    """Mean loss and number of trained tokens over context ranks, replicas and rows; the same on every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=platform.device())
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        if outputs:
+            total += torch.stack(outputs).double().sum(0)
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(pipeline) > 1:
+        dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    return float(total[0] / total[1].clamp(min=1)), int(total[1])
+
+
+def _sum_over_replicas(counts: Tensor) -> list[int]:
+    counts = counts.to(platform.device())
+    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    return [int(count) for count in counts]

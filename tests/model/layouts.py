@@ -1,0 +1,107 @@
+"""What ranks do in the layout tests: build the model from the oracle's weights and return the loss and the whole gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.convert import mapping
+from megatron_glmv.convert.hf_import import from_state_dict
+from megatron_glmv.convert.parameters import local_parameters
+from megatron_glmv.model.glm4v import build_model
+from megatron_glmv.parallel import groups
+from megatron_glmv.sequence.packed import Document, PackedSequence, pack
+from megatron_glmv.training.assemble import assemble
+from megatron_glmv.training.step import reduce_loss, run_schedule
+from tests.model import oracle
+
+LENGTH = 256
+ALIGN = 8
+
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("several_images", "two_documents"),
+    ("text_only", "video_frames", "one_image"),
+    ("very_tall_image", "mixed_documents"),
+    ("text_only",),
+)
+"""Rows of the global batch, by the oracle's cases: packed documents, pictures of many shapes, and a row without pictures."""
+
+
+def make_rows(shape: ModelShape) -> list[PackedSequence]:
+    """The rows of the global batch, with normalised patches."""
+    cases = oracle.all_cases(shape)
+    rows = []
+    for number, names in enumerate(ROWS):
+        documents: list[Document] = [document for name in names for document in cases[name].documents]
+        patches = torch.cat([cases[name].patches for name in names])
+        tokens = shape.tokens
+        rows.append(
+            pack(
+                documents,
+                LENGTH,
+                image_token=tokens.image,
+                pad_token=tokens.pad,
+                align=ALIGN,
+                patches=patches,
+                key=f"row-{number}",
+            )
+        )
+    return rows
+
+
+def train_config(folder: str, layout: dict[str, Any], recompute: dict[str, str]) -> TrainConfig:
+    """A configuration of the architecture whose config.json is in `folder`; fp32, gradients whole on every replica."""
+    return TrainConfig.model_validate(
+        {
+            "run_folder": folder,
+            "steps": 1,
+            "global_batch_rows": len(ROWS),
+            "model": {"hf_folder": folder},
+            "parallel": {"distributed_optimizer": False, **layout},
+            "precision": {"dtype": "fp32", "layers": "torch"},
+            "recompute": recompute,
+            "data": {"sequence_length": LENGTH, "sources": [{"name": "oracle", "path": "unused"}]},
+        }
+    )
+
+
+def losses_and_gradients(
+    rank: int, variant: str, folder: str, layouts: Sequence[tuple[str, dict[str, Any], dict[str, str]]]
+) -> dict[str, tuple[float, dict[str, Tensor]]] | None:
+    """For each (name, layout, recompute) the batch's mean loss and its whole gradient by Megatron's names, on rank 0."""
+    results = {name: _one_layout(variant, train_config(folder, layout, recompute)) for name, layout, recompute in layouts}
+    return results if rank == 0 else None
+
+
+def _one_layout(variant: str, config: TrainConfig) -> tuple[float, dict[str, Tensor]]:
+    groups.initialize(config.parallel, seed=1)
+    shape = config.model.shape
+    models = build_model(shape, config.parallel, config.precision, config.recompute)
+    from_state_dict(models, oracle.random_model(variant).state_dict(), shape)
+    assembly = assemble(config, models)
+    rows = make_rows(shape)
+    share = len(rows) // groups.data_size()
+    own = rows[groups.data_rank() * share : (groups.data_rank() + 1) * share]
+    loss, _ = reduce_loss(run_schedule(assembly, own, forward_only=False))
+    local = {name: parameter.main_grad.clone() for name, parameter in local_parameters(models).items()}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
+    parallel_state.destroy_model_parallel()
+    return loss, _join(gathered)
+
+
+def _join(gathered: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """Whole gradients from every rank's; replicas and context ranks must agree bit for bit."""
+    shards: dict[str, dict[int, Tensor]] = {}
+    for tensor_rank, local in gathered:
+        for name, gradient in local.items():
+            known = shards.setdefault(name, {}).setdefault(tensor_rank, gradient)
+            assert torch.equal(known, gradient), f"{name}: replicas of tensor rank {tensor_rank} hold different gradients"
+    return {name: mapping.join_ranks(name, [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
