@@ -94,86 +94,78 @@ class PictureDecoder:
         Returns:
             for each picture [rows x columns, 3 x temporal x patch x patch] uint8 in Hugging Face's order, or a BadPicture.
         """
-        if not pictures:
-            return []
-        try:
-            return self._attempt(pictures)
-        except RuntimeError as error:
-            if len(pictures) == 1:
-                return [BadPicture(_explain(error))]
-        return [result for picture in pictures for result in self.decode([picture])]
+        # Synchronous, so that an error is raised inside the `try` below and no thread of DALI's outlives the call.
+        with self._context, ndd.EvalMode.sync_full:
+            decoded = self._decode(pictures)
+            for index, (pixels, picture) in enumerate(zip(decoded, pictures, strict=True)):
+                if not isinstance(pixels, BadPicture) and picture.size not in (None, tuple(pixels.shape[:2])):
+                    decoded[index] = BadPicture(f"decodes to {_by(pixels.shape)} pixels, {_by(picture.size)} were measured")
+            good = [index for index, pixels in enumerate(decoded) if not isinstance(pixels, BadPicture)]
+            cut = self._finish_gpu if self._gpu else self._finish_cpu
+            for index, patches in zip(good, cut([decoded[i] for i in good], [pictures[i].resized for i in good]), strict=True):
+                decoded[index] = patches
+        return decoded
 
     def close(self) -> None:
         """End the resizing threads."""
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _attempt(self, pictures: Sequence[EncodedPicture]) -> list[Tensor | BadPicture]:
-        # Synchronous, so that an error is raised inside the caller's `try` and no thread of DALI's outlives the call.
-        with self._context, ndd.EvalMode.sync_full:
+    def _decode(self, pictures: Sequence[EncodedPicture]) -> list[Any]:
+        """For each picture its pixels as a DALI tensor [height, width, 3], or a BadPicture."""
+        try:
             refused = self._refuse(pictures)
-            kept = [picture for picture, reason in zip(pictures, refused, strict=True) if reason is None]
-            patches = iter(self._decode_gpu(kept) if self._gpu else self._decode_cpu(kept))
-        return [next(patches) if reason is None else BadPicture(reason) for reason in refused]
+            kept = [picture.data for picture, bad in zip(pictures, refused, strict=True) if bad is None]
+            options = {"device": "gpu", "jpeg_fancy_upsampling": True} if self._gpu else {"device": "cpu"}
+            pixels = iter(ndd.decoders.image(_batch(kept), adjust_orientation=False, **options).tensors if kept else ())
+            return [bad or next(pixels) for bad in refused]
+        except RuntimeError as error:
+            if len(pictures) == 1:
+                return [BadPicture(_explain(error))]
+        return [result for picture in pictures for result in self._decode([picture])]
 
-    def _refuse(self, pictures: Sequence[EncodedPicture]) -> list[str | None]:
-        """Why a picture is not decoded at all, judged by its size alone."""
+    def _refuse(self, pictures: Sequence[EncodedPicture]) -> list[BadPicture | None]:
+        """Which pictures are too large to be decoded, known before any memory is taken for them."""
         unknown = [picture.data for picture in pictures if picture.size is None]
         peeked = iter(ndd.peek_image_shape(_batch(unknown)).tensors if unknown else ())
-        sizes = [picture.size or tuple(np.asarray(next(peeked))[:2].tolist()) for picture in pictures]
+        sizes = [picture.size or np.asarray(next(peeked)).tolist()[:2] for picture in pictures]
         return [
-            f"{height} x {width} pixels are over the limit of {MAX_PIXELS} pixels" if height * width > MAX_PIXELS else None
-            for height, width in sizes
+            BadPicture(f"{_by(size)} pixels are over the limit of {MAX_PIXELS}") if size[0] * size[1] > MAX_PIXELS else None
+            for size in sizes
         ]
 
-    def _decode_cpu(self, pictures: Sequence[EncodedPicture]) -> list[Tensor | BadPicture]:
-        if not pictures:
-            return []
-        decoded = ndd.decoders.image(_batch(picture.data for picture in pictures), device="cpu", adjust_orientation=False)
-        pixels = [tensor.torch() for tensor in decoded.tensors]
+    def _finish_cpu(self, decoded: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         apply = self._pool.map if self._pool else map
-        return list(apply(self._finish, pixels, pictures))
+        return list(apply(self._finish_one, [pixels.torch() for pixels in decoded], sizes))
 
-    def _finish(self, pixels: Tensor, picture: EncodedPicture) -> Tensor | BadPicture:
-        wrong = _wrong_size(pixels, picture)
-        if wrong:
-            return wrong
-        if tuple(pixels.shape[:2]) != picture.resized:
+    def _finish_one(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(pixels.shape[:2]) != size:
             channels_first = pixels.permute(2, 0, 1)[None]
-            resized = F.interpolate(channels_first, picture.resized, mode="bicubic", align_corners=False, antialias=True)
+            resized = F.interpolate(channels_first, size, mode="bicubic", align_corners=False, antialias=True)
             pixels = resized[0].permute(1, 2, 0)
         return patchify(pixels, *self._shape)
 
-    def _decode_gpu(self, pictures: Sequence[EncodedPicture]) -> list[Tensor | BadPicture]:
-        if not pictures:
-            return []
-        decoded = ndd.decoders.image(
-            _batch(picture.data for picture in pictures), device="gpu", adjust_orientation=False, jpeg_fancy_upsampling=True
-        )
-        results: list[Tensor | BadPicture | None] = [
-            _wrong_size(tensor, picture) for tensor, picture in zip(decoded.tensors, pictures, strict=True)
-        ]
-        sizes = ndd.as_batch([np.array(picture.resized, dtype=np.float32) for picture in pictures])
-        resized = ndd.resize(decoded, size=sizes, interp_type=types.INTERP_CUBIC, antialias=True)
-        with torch.cuda.stream(self._stream):
-            patches = [patchify(tensor.torch(), *self._shape) for tensor in resized.tensors]
+    def _finish_gpu(self, decoded: Sequence[Any], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         assert self._stream is not None
+        if not decoded:
+            return []
+        targets = ndd.as_batch([np.array(size, dtype=np.float32) for size in sizes])
+        resized = ndd.resize(ndd.as_batch(decoded), size=targets, interp_type=types.INTERP_CUBIC, antialias=True)
+        with torch.cuda.stream(self._stream):
+            patches = [patchify(pixels.torch(), *self._shape) for pixels in resized.tensors]
         self._stream.synchronize()
         for tensor in patches:
             # The training stream reads them later; the allocator must not hand the memory to this stream before that.
             tensor.record_stream(torch.cuda.default_stream(self._gpu))
-        return [bad or tensor for bad, tensor in zip(results, patches, strict=True)]
+        return patches
 
 
-def _batch(data: Any) -> Any:
+def _batch(data: Sequence[bytes]) -> Any:
     return ndd.as_batch([np.frombuffer(item, dtype=np.uint8) for item in data])
 
 
-def _wrong_size(pixels: Any, picture: EncodedPicture) -> BadPicture | None:
-    size = tuple(pixels.shape[:2])
-    if picture.size is None or size == picture.size:
-        return None
-    return BadPicture(f"decodes to {size[0]} x {size[1]} pixels, {picture.size[0]} x {picture.size[1]} were measured")
+def _by(size: Any) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def _explain(error: RuntimeError) -> str:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from megatron_glmv.config.base import Config, ConfigError, validate
 from megatron_glmv.config.model import ModelShape
 
-FORMAT = "glmv-packed-rows"
-VERSION = 1
+FORMAT: Final = "glmv-packed-rows"
+VERSION: Final = 1
 INDEX = "index.json"
 COLUMNS = ("offset", "head_bytes", "total_bytes", "tokens", "patches", "trained")
 """Columns of a shard's rows.npy."""

@@ -30,6 +30,8 @@ from megatron_glmv.sequence.packed import Document
 BLOCK = 512
 OPEN_SHARDS = 128
 """Shards that one reader keeps open; fewer than the usual limit of 1,024 descriptors a process."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """The bytes of one picture on its way into a shard.
@@ -139,7 +141,8 @@ class ShardWriter:
         if self._tar is None:
             self._tar = tarfile.TarFile(self._path("tar"), "w", format=tarfile.USTAR_FORMAT)
         number = f"{self.num_rows:08d}"
-        listed, members = [], []
+        listed: list[dict[str, Any]] = []
+        members: list[tuple[str, bytes]] = []
         for document, own in zip(documents, pictures, strict=True):
             entries = []
             for picture in own:
@@ -176,7 +179,7 @@ class ShardWriter:
         if not self.num_rows:
             raise ShardError(f"{self.folder}: no row to write; the input holds no usable sample")
         counts = {"num_rows": self.num_rows, "num_samples": self.num_samples, "num_tokens": self.num_tokens}
-        index = PackedIndex(**self._meta, **counts, shards=tuple(self._shards))
+        index = PackedIndex.model_validate({**self._meta, **counts, "shards": tuple(self._shards)})
         partial = self.folder / (INDEX + ".partial")
         partial.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
         partial.rename(self.folder / INDEX)
