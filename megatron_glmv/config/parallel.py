@@ -1,6 +1,6 @@
 """How one model replica is cut over ranks, and which layouts a model admits.
 
-Source: the layouts of the paper are in section 5.4 and appendix (TP 2; CP 4 for 32,768 tokens); arXiv 2507.01006.
+Source: the layouts of the paper (tensor 2; context 4 for 32,768 tokens) are in section 3 of arXiv 2507.01006.
 """
 
 from __future__ import annotations

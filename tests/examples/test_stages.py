@@ -1,0 +1,66 @@
+"""Every example YAML loads and is a possible run; the paper's stages have the paper's values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_glmv.config.base import load
+from megatron_glmv.config.summary import data_parallel_sizes
+from megatron_glmv.config.training import TrainConfig
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STAGES = sorted(EXAMPLES.glob("*.yaml"))
+
+
+def stage(name: str) -> TrainConfig:
+    config = load(TrainConfig, [EXAMPLES / f"{name}.yaml"])
+    config.check()
+    return config
+
+
+def test_the_stages_of_the_readme_are_there():
+    assert {path.stem for path in STAGES} >= {"quickstart", "pretrain", "long_context", "sft"}
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_example_is_a_possible_run(path: Path):
+    assert data_parallel_sizes(stage(path.stem))[0] == 1
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_example_opens_with_what_it_needs_and_gives(path: Path):
+    text = path.read_text(encoding="utf-8")
+    head = text[: text.index("\nrun_folder")]
+    assert all(line.startswith("#") for line in head.splitlines())
+    for word in ("# What:", "# Hardware:", "# Command:", "# Expected:"):
+        assert word in head
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "rows", "length", "tensor", "context"),
+    [("pretrain", 120_000, 1536, 8192, 2, 1), ("long_context", 10_000, 1536, 32_768, 2, 4), ("sft", 2000, 32, 32_768, 2, 4)],
+)
+def test_values_of_the_paper(name: str, steps: int, rows: int, length: int, tensor: int, context: int):
+    """arXiv 2507.01006, sections 3 and 4; the steps, tensor and context of sft are ours."""
+    config = stage(name)
+    assert (config.steps, config.global_batch_rows, config.data.sequence_length) == (steps, rows, length)
+    assert (config.parallel.tensor, config.parallel.context, config.model.preset) == (tensor, context, "glm-4.1v-9b")
+
+
+def test_each_stage_starts_from_the_one_before():
+    assert stage("long_context").checkpoint.start_from == stage("pretrain").run_folder
+    assert stage("sft").checkpoint.start_from == stage("long_context").run_folder
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.preset=null", "model.load_weights=false", "model.hf_folder=."],
+        ["parallel.pipeline=4", "parallel.virtual_pipeline=2"],
+        ["precision.fp8_text=current"],
+    ],
+)
+def test_variations_named_in_pretrain_load(overrides: list[str]):
+    load(TrainConfig, [EXAMPLES / "pretrain.yaml"], overrides)
