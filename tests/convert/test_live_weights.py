@@ -1,11 +1,9 @@
 """Hugging Face weights into live models of several layouts and back, bit-equal, and the logits of what was imported.
 
-One spawn of four ranks (tensor 2 x pipeline 2 x virtual pipeline 2 of a four-layer decoder) and one of one rank serve all checks.
+One spawn of four ranks (tensor 2 x pipeline 2 x virtual pipeline 2 of a four-layer decoder) and one of one rank serve all.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
