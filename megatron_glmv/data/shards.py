@@ -266,7 +266,7 @@ class ShardReader:
             raise ShardError(f"{where}: only {len(data)} of {size} bytes are there; copy the shard again or {REPACK}")
         try:
             return _parse_row(dict(_members(data)), media)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, tarfile.TarError) as error:
             raise ShardError(f"{where}: not a packed row ({error}); copy the shard again or {REPACK}") from None
 
     def close(self) -> None:
@@ -355,12 +355,16 @@ def _parse_row(members: dict[str, bytes], with_media: bool) -> StoredRow:
     tree = json.loads(members[f"{number}.json"])
     tokens = np.load(io.BytesIO(members[f"{number}.tokens.npy"]), allow_pickle=False)
     weights = np.load(io.BytesIO(members[f"{number}.weights.npy"]), allow_pickle=False)
-    documents, media, start = [], [], 0
+    documents: list[Document] = []
+    media: list[tuple[Media, ...]] = []
+    start = 0
     for entry in tree["documents"]:
         end = start + entry["length"]
         frames = tuple((rows, columns) for rows, columns in entry["frames"])
         documents.append(Document(tokens[start:end], weights[start:end], frames, entry["key"]))
         media.append(tuple(Media(**listed) for listed in entry["media"]))
+        if len(frames) != len(media[-1]) or any(listed.kind != "image" for listed in media[-1]):
+            raise ValueError(f"sample {entry['key']!r} has {len(frames)} frames but {len(media[-1])} pictures")
         start = end
     if start != len(tokens) or start != len(weights):
         raise ValueError(f"documents of {start} tokens, {len(tokens)} tokens and {len(weights)} weights")
