@@ -4,10 +4,14 @@ On the CPU the decoded bytes are resized by torch's 8-bit bicubic kernel, the on
 image processor: the result is the same to the bit, and costs a fifth of DALI's CPU resize. On a GPU DALI resizes as well
 (cubic with antialiasing in float; up to 0.27 and on average 0.0018 from Hugging Face in normalised units).
 
-DALI's decoders have no per-picture error option: a batch that fails is decoded again one by one, which names the culprit. The
-EXIF orientation is not applied and alpha is dropped, as `PIL.Image.convert("RGB")` and thus Hugging Face's processor do.
+DALI's decoders have no per-picture error option: a batch that fails is decoded again one by one, which names the culprit.
 
-Source: nvidia-dali 2.4.0, nvidia.dali.experimental.dynamic (labelled experimental, hence used in this file only).
+The pixels are those of `PIL.Image.open(file).convert("RGB")`: alpha is dropped and the EXIF orientation is not applied.
+Transformers has two conventions of its own: given a path it turns the picture by its EXIF orientation and drops alpha
+(`image_utils.load_image`); given a Pillow picture it does not turn it and lays transparency over white.
+
+Source: nvidia-dali 2.4.0, nvidia.dali.experimental.dynamic (labelled experimental, hence used in this file only);
+transformers 5.23.0, image_utils.py and image_processing_backends.py.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ def rotated_exif(orientation: int = 6) -> Image.Exif:
     return exif
 
 
+@cache
 def kinds(height: int = 60, width: int = 100) -> dict[str, bytes]:
     """One file of every kind that decodes."""
     image = Image.fromarray(draw(height, width))
@@ -60,6 +62,7 @@ def kinds(height: int = 60, width: int = 100) -> dict[str, bytes]:
     }
 
 
+@cache
 def broken() -> dict[str, bytes]:
     """One file of every kind that does not decode."""
     picture = draw(60, 100)
