@@ -143,6 +143,7 @@ class RowStream:
         self._rows_per_step = global_batch_rows // data_size
         self._depth = data.prefetch_rows
         self._wait_s = 0.0
+        self._closed = False
         self._next_step: int | None
         self._ahead: _ReadAhead
         self._stop: weakref.finalize
@@ -154,7 +155,11 @@ class RowStream:
         Raises:
             DataError: too many samples cannot be decoded.
             ShardError: a shard changed or cannot be read any more.
+            RowError: a row contradicts itself.
+            ValueError: the stream is closed.
         """
+        if self._closed:
+            raise ValueError("this stream of rows is closed")
         if step != self._next_step:
             self._stop()
             self._start(step)
@@ -168,6 +173,7 @@ class RowStream:
 
     def close(self) -> None:
         """Stop and join the thread and close the shards; also done when the stream is dropped and at interpreter exit."""
+        self._closed = True
         self._stop()
         self._builder.close()
 
@@ -197,11 +203,12 @@ class _ReadAhead:
 
     def take(self) -> _BuiltRow:
         with self._changed:
-            self._changed.wait_for(lambda: self._buffer or self._error or self._stopped)
-            if self._buffer:
-                self._changed.notify_all()
-                return self._buffer.popleft()
-            raise self._error or DataError("the stream of rows is closed")
+            self._changed.wait_for(lambda: self._buffer or self._error)
+            if not self._buffer:
+                assert self._error is not None
+                raise self._error
+            self._changed.notify_all()
+            return self._buffer.popleft()
 
     def close(self) -> None:
         with self._changed:
