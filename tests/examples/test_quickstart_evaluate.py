@@ -23,13 +23,6 @@ def data(tmp_path_factory):
     assert run_tool(["digits", str(folder / "raw"), "--train", "60", "--eval", str(NUM_SAMPLES)]) == 0
     options = ["--input", str(folder / "raw" / "train.jsonl"), "--min-pixels", "1568"]
     assert run_tool(["train-tokenizer", str(folder / "processor"), *options]) == 0
-        str(folder / "processor"),
-        "--input",
-        str(folder / "raw" / "train.jsonl"),
-        "--min-pixels",
-        "1568",
-    ]
-    assert run_tool(tool) == 0
     return folder
 
 
