@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_glmv.model.inputs import ModelInputs, VisionInputs
+from megatron_glmv.model.layers import mark_tensor_parallel
 from megatron_glmv.model.projector import VisionProjection
 from megatron_glmv.model.text import TextModel
 from megatron_glmv.model.vision import VisionModel
@@ -144,6 +145,7 @@ def build_model(
             )
         )
     for model in chunks:
+        mark_tensor_parallel(model)
         for part in freeze:
             module = getattr(model, PARTS[part], None)
             if module is not None:

@@ -10,15 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_glmv.model.norm import norm_weight, rms_norm
 
+PARTITION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
+"""The axis that tensor ranks share, of the weight of each of Megatron's own parallel modules."""
 AddResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
@@ -33,6 +40,17 @@ class NormColumnParallelLinear(ColumnParallelLinear):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """[s, b, input] -> [s x tensor ranks under sequence parallelism, b, output / tensor ranks]."""
         return super().forward(rms_norm(input_, self.layer_norm_weight, self.epsilon), *args, **kwargs)
+
+
+def mark_tensor_parallel(model: nn.Module) -> None:
+    """Tell Megatron which weights are shares of a larger one; it does so itself only where it draws the first weights.
+
+    The gradient norm counts every share, but a replicated parameter once.
+    """
+    for module in model.modules():
+        for kind, axis in PARTITION.items():
+            if isinstance(module, kind) and not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def add_residual(training: bool, fused: bool) -> AddResidual:

@@ -18,7 +18,7 @@ from megatron_glmv.convert.parameters import local_parameters
 from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.parallel import groups
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
-from megatron_glmv.training.assemble import assemble
+from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.step import reduce_loss, run_schedule
 from tests.model import oracle
 
@@ -74,13 +74,13 @@ def train_config(folder: str, layout: dict[str, Any], recompute: dict[str, str])
 
 def losses_and_gradients(
     rank: int, variant: str, folder: str, layouts: Sequence[tuple[str, dict[str, Any], dict[str, str]]]
-) -> dict[str, tuple[float, dict[str, Tensor]]] | None:
-    """For each (name, layout, recompute) the batch's mean loss and its whole gradient by Megatron's names, on rank 0."""
+) -> dict[str, tuple[float, float, dict[str, Tensor]]] | None:
+    """For each (name, layout, recompute) the batch's mean loss, its gradient's norm and the gradient by name, on rank 0."""
     results = {name: _one_layout(variant, train_config(folder, layout, recompute)) for name, layout, recompute in layouts}
     return results if rank == 0 else None
 
 
-def _one_layout(variant: str, config: TrainConfig) -> tuple[float, dict[str, Tensor]]:
+def _one_layout(variant: str, config: TrainConfig) -> tuple[float, float, dict[str, Tensor]]:
     groups.initialize(config.parallel, seed=1)
     shape = config.model.shape
     models = build_model(shape, config.parallel, config.precision, config.recompute)
@@ -90,11 +90,13 @@ def _one_layout(variant: str, config: TrainConfig) -> tuple[float, dict[str, Ten
     share = len(rows) // groups.data_size()
     own = rows[groups.data_rank() * share : (groups.data_rank() + 1) * share]
     loss, _ = reduce_loss(run_schedule(assembly, own, forward_only=False))
+    assembly.optimizer.prepare_grads()
+    norm = float(assembly.optimizer.get_grad_norm())
     local = {name: parameter.main_grad.clone() for name, parameter in local_parameters(models).items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
     parallel_state.destroy_model_parallel()
-    return loss, _join(gathered)
+    return loss, norm, _join(gathered)
 
 
 def _join(gathered: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
@@ -105,3 +107,17 @@ def _join(gathered: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
             known = shards.setdefault(name, {}).setdefault(tensor_rank, gradient)
             assert torch.equal(known, gradient), f"{name}: replicas of tensor rank {tensor_rank} hold different gradients"
     return {name: mapping.join_ranks(name, [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
+
+
+def first_weights(rank: int, folder: str, layouts: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]] | None:
+    """The whole first random weights by Megatron's names in each layout, on rank 0."""
+    found = []
+    for layout in layouts:
+        config = train_config(folder, layout, {})
+        groups.initialize(config.parallel, seed=1)
+        local = {name: weight.detach().clone() for name, weight in local_parameters(assemble_model(config)).items()}
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
+        parallel_state.destroy_model_parallel()
+        found.append(_join(gathered))
+    return found if rank == 0 else None

@@ -37,22 +37,28 @@ LAYOUTS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     ("tensor 2, full recompute of both towers", {"tensor": 2}, FULL),
     ("pipeline 2, selective recompute of both towers", {"pipeline": 2}, SELECTIVE),
 ]
-Result = dict[str, tuple[float, dict[str, Tensor]]]
+Result = dict[str, tuple[float, float, dict[str, Tensor]]]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("architecture")
     (folder / "config.json").write_text(json.dumps(oracle.hf_config("digits")))
-    alone = run_ranks(layouts.losses_and_gradients, 1, "digits", str(folder), [("one rank", {}, {})])[0]
-    return alone | run_ranks(layouts.losses_and_gradients, 4, "digits", str(folder), LAYOUTS, timeout_s=300)[0]
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def results(architecture: str) -> Result:
+    alone = run_ranks(layouts.losses_and_gradients, 1, "digits", architecture, [("one rank", {}, {})])[0]
+    return alone | run_ranks(layouts.losses_and_gradients, 4, "digits", architecture, LAYOUTS, timeout_s=300)[0]
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in LAYOUTS])
 def test_loss_and_gradient_equal_one_rank(results: Result, name: str) -> None:
-    loss, gradient = results[name]
-    reference_loss, reference = results["one rank"]
+    loss, norm, gradient = results[name]
+    reference_loss, reference_norm, reference = results["one rank"]
     assert abs(loss - reference_loss) <= 1e-5 * reference_loss
+    assert abs(norm - reference_norm) <= 1e-5 * reference_norm
     assert gradient.keys() == reference.keys()
     worst = {key: float((gradient[key] - whole).norm() / whole.norm()) for key, whole in reference.items()}
     key = max(worst, key=worst.__getitem__)
@@ -61,6 +67,15 @@ def test_loss_and_gradient_equal_one_rank(results: Result, name: str) -> None:
 
 def test_every_parameter_has_a_gradient(results: Result) -> None:
     """Otherwise equality would mean nothing."""
-    _, reference = results["one rank"]
+    _, _, reference = results["one rank"]
     assert len(reference) > 60
     assert all(float(gradient.norm()) > 0 for gradient in reference.values())
+
+
+def test_first_weights_do_not_depend_on_the_layout(architecture: str) -> None:
+    settings: list[dict[str, Any]] = [{}, {"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 2, "virtual_pipeline": 2}]
+    reference, *others = run_ranks(layouts.first_weights, 4, architecture, settings)[0]
+    assert all(float(weight.std()) > 0 for name, weight in reference.items() if weight.dim() > 1)
+    for other in others:
+        assert other.keys() == reference.keys()
+        assert [name for name, weight in reference.items() if not weight.equal(other[name])] == []
