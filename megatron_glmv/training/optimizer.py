@@ -74,7 +74,7 @@ def build_optimizer(model_chunks: Sequence[nn.Module], config: TrainConfig) -> M
         bf16=config.precision.dtype == "bf16",
         params_dtype=torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.distributed_optimizer and config.parallel.overlap,
+        overlap_param_gather=model_chunks[0].ddp_config.overlap_param_gather,
     )
     return get_megatron_optimizer(
         megatron, list(model_chunks), config_overrides=_overrides(config), use_gloo_process_groups=False

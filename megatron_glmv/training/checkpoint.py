@@ -1,0 +1,330 @@
+"""Saving and resuming a run with Megatron's distributed checkpoints, in any parallel layout.
+
+Weights and optimizer state are stored as whole tensors cut into chunks, so another tensor, pipeline, context or data layout
+reads the chunks it needs. Random states belong to one layout and are used only in the same one.
+
+Source: megatron-core 0.16.1, dist_checkpointing/serialization.py and optimizer/distrib_optimizer.py ("fully_reshardable").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import (
+    StrictHandling,
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_glmv.config.base import to_yaml
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.training import checkpoint_files as files
+from megatron_glmv.training.checkpoint_files import CheckpointError
+from megatron_glmv.training.checkpoint_writer import CheckpointWrite
+from megatron_glmv.training.random_state import read_generators, restore_generators
+from megatron_glmv.training.state import TrainState
+
+_FAILURES = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException, CheckpointingException)
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A save whose files are being written."""
+
+    write: CheckpointWrite
+    partial: Path
+    folder: Path
+    state: TrainState
+
+
+class Checkpointer:
+    """Saves, resumes and tidies the checkpoints of one run. Every method must be called on every rank.
+
+    Args:
+        config: the whole configuration; saved beside every checkpoint.
+        model_chunks: Megatron's DistributedDataParallel wrappers, one per virtual pipeline chunk.
+        optimizer: of these chunks.
+
+    Raises:
+        CheckpointError: the run folder holds checkpoints and ``checkpoint.resume`` is off.
+    """
+
+    def __init__(self, config: TrainConfig, model_chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:
+        self._config = config
+        # The wrappers' state has other prefixes than the model's own, which another layout or precision must find again.
+        self._models = [unwrap_model(chunk) for chunk in model_chunks]
+        self._optimizer = optimizer
+        self._pending: _Pending | None = None
+        self._run = files.describe_run(config, _layout(config))
+        self._save_strategy = get_default_save_sharded_strategy()
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if dist.get_world_size(replicas) > 1:
+            self._save_strategy = FullyParallelSaveStrategyWrapper(self._save_strategy, replicas, do_cache_distribution=True)
+        self._validated = False
+        newest = files.latest(config.run_folder)
+        if newest is not None and not config.checkpoint.resume:
+            raise CheckpointError(
+                f"{newest}: run_folder holds checkpoints of an earlier run; set checkpoint.resume or use another run_folder"
+            )
+        _on_first_rank(lambda: files.clean_leftovers(config.run_folder))
+
+    def save(self, state: TrainState) -> None:
+        """Save after `state.step` steps; with ``checkpoint.asynchronous`` only the copying is done when this returns.
+
+        Raises:
+            CheckpointError: the disk is full or refuses; older checkpoints are untouched.
+        """
+        self._finish()
+        folder = files.folder_of(self._config.run_folder, state.step)
+        if files.latest(self._config.run_folder) == folder:
+            return  # the one this run resumed from, or saved just now
+        self._align_optimizer_steps()
+        tree = self._state_dict(is_loading=False)
+        tree["random"] = self._random_shard(read_generators())
+        size = _sum_over_ranks(sum(s.data.nbytes for s in nested_values(tree) if _is_written_here(s)))
+        partial = folder.with_name(folder.name + files.PARTIAL)
+        _on_first_rank(lambda: files.open_partial(folder, size))
+        try:
+            request = dist_checkpointing.save(
+                tree,
+                str(partial),
+                self._save_strategy,
+                validate_access_integrity=not self._validated,
+                async_sharded_save=True,
+            )
+        except _FAILURES as error:
+            raise _unwritable(folder, error) from error
+        self._validated = True
+        write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
+        self._pending = _Pending(write, partial, folder, dataclasses.replace(state))
+        if not self._config.checkpoint.asynchronous:
+            self._finish()
+
+    def poll(self) -> bool:
+        """Complete a background save if all ranks have written; cheap, meant for every step.
+
+        Returns:
+            Whether a checkpoint became complete in this call.
+
+        Raises:
+            CheckpointError: as for `save`.
+        """
+        if self._pending is None or not _on_all_ranks(self._pending.write.is_written()):
+            return False
+        self._finish()
+        return True
+
+    def close(self) -> None:
+        """Wait for a background save and complete it.
+
+        Raises:
+            CheckpointError: as for `save`.
+        """
+        self._finish()
+
+    def load_latest(self) -> TrainState | None:
+        """Continue from the newest complete checkpoint of the run folder: weights, optimizer, random states, counters.
+
+        Returns:
+            The counters, or None when there is no checkpoint.
+
+        Raises:
+            CheckpointError: unreadable, or of another architecture, precision or kind of optimizer.
+        """
+        folder = files.latest(self._config.run_folder)
+        _check_same_everywhere(folder)
+        if folder is None:
+            return None
+        manifest = files.read_manifest(folder)
+        files.check_architecture(folder, manifest, self._config)
+        files.check_resumable(folder, manifest, self._config)
+        groups = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self._optimizer.param_groups]
+        tree = self._state_dict(is_loading=True)
+        same_layout = manifest["layout"] == self._run["layout"]
+        if same_layout:
+            tree["random"] = self._random_shard(None)
+        loaded = _load(tree, folder)
+        self._load_model(loaded, folder)
+        try:
+            self._optimizer.load_state_dict(loaded["optimizer"])
+        except _FAILURES as error:
+            raise _unreadable(folder, error) from error
+        # The configuration rules over rates and decay; of the groups, the checkpoint rules over `step` alone.
+        for group, own in zip(self._optimizer.param_groups, groups, strict=True):
+            group.update(own)
+        self._align_optimizer_steps()
+        if same_layout:
+            restore_generators(loaded["random"])
+        return TrainState(**manifest["state"])
+
+    def load_weights_only(self, path: Path) -> None:
+        """Start from the weights of another run (``checkpoint.start_from``), in any layout and precision.
+
+        Args:
+            path: a run's folder or one complete checkpoint.
+
+        Raises:
+            CheckpointError: no checkpoint there, unreadable, or of another architecture.
+        """
+        folder = files.find(path)
+        _check_same_everywhere(folder)
+        files.check_architecture(folder, files.read_manifest(folder), self._config)
+        self._load_model(_load(self._model_state_dict(), folder), folder)
+        self._optimizer.reload_model_params()
+
+    def _finish(self) -> None:
+        """Complete the save under way, if there is one."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            pending.write.finish()
+        except _FAILURES as error:
+            raise _unwritable(pending.folder, error) from error
+        _on_first_rank(lambda: self._publish(pending))
+
+    def _publish(self, pending: _Pending) -> None:
+        state = pending.state
+        manifest = {"step": state.step, "state": dataclasses.asdict(state), "saved_at": time.time(), **self._run}
+        files.publish(pending.partial, pending.folder, manifest, to_yaml(self._config))
+        files.retire(self._config.run_folder, self._config.checkpoint)
+
+    def _model_state_dict(self) -> dict[str, Any]:
+        """Sharded tensors of every chunk, by ``model0``, ``model1``, ..."""
+        return {f"model{i}": model.sharded_state_dict(metadata=_content()) for i, model in enumerate(self._models)}
+
+    def _state_dict(self, is_loading: bool) -> dict[str, Any]:
+        model = self._model_state_dict()
+        return {**model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_content())}
+
+    def _load_model(self, loaded: dict[str, Any], folder: Path) -> None:
+        for index, model in enumerate(self._models):
+            found = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
+            # Transformer Engine's layers ask for FP8 statistics, which a checkpoint of plain torch layers does not have.
+            lost = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+            if lost or found.unexpected_keys:
+                raise CheckpointError(f"{folder}: does not fit the model ({(lost or found.unexpected_keys)[0]})")
+
+    def _random_shard(self, state: Any) -> ShardedObject:
+        """This rank's random states as an element of a list over all ranks."""
+        return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+    def _align_optimizer_steps(self) -> None:
+        """Give every group the optimizer's step count: fused optimizers do not count in groups that are empty on a rank."""
+        groups = self._optimizer.param_groups
+        step = _over_ranks(max([int(group.get("step", 0)) for group in groups], default=0), dist.ReduceOp.MAX)
+        for group in groups:
+            if step:
+                group["step"] = step
+
+
+def _content() -> dict[str, Any]:
+    """Form of the sharded tensors: whole, which any layout can load. A new dict each time, for Megatron adds groups to it."""
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _layout(config: TrainConfig) -> dict[str, int]:
+    """The layout that random states belong to."""
+    parallel = config.parallel
+    return {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual_pipeline": parallel.virtual_pipeline,
+        "context": parallel.context,
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+
+
+def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill a sharded tree from a checkpoint; data-parallel ranks share the reading.
+
+    Raises:
+        CheckpointError: unreadable, or a tensor is missing.
+    """
+    try:
+        strategy = get_default_load_sharded_strategy(str(folder))
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if dist.get_world_size(replicas) > 1:
+            strategy = FullyParallelLoadStrategyWrapper(strategy, replicas)
+        loaded, _, unknown = dist_checkpointing.load(
+            tree, str(folder), strategy, validate_access_integrity=False, strict=StrictHandling.RETURN_UNEXPECTED
+        )
+    except _FAILURES as error:
+        raise _unreadable(folder, error) from error
+    lost = sorted(key for key in unknown if not key.endswith("_extra_state"))
+    if lost:
+        raise CheckpointError(f"{folder}: lacks {lost[0]} and {len(lost) - 1} more tensors that the model needs")
+    return loaded
+
+
+def _is_written_here(shard: object) -> bool:
+    """Whether this rank is the one that writes a tensor."""
+    return isinstance(shard, ShardedTensor) and shard.data is not None and shard.replica_id in (0, (0, 0, 0))
+
+
+def _over_ranks(value: int, operation: Any) -> int:
+    tensor = torch.tensor([value], dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(tensor, op=operation)
+    return int(tensor.item())
+
+
+def _sum_over_ranks(value: int) -> int:
+    return _over_ranks(value, dist.ReduceOp.SUM)
+
+
+def _on_all_ranks(flag: bool) -> bool:
+    return bool(_over_ranks(int(flag), dist.ReduceOp.MIN))
+
+
+def _on_first_rank(action: Callable[[], object]) -> None:
+    """Do something on rank 0 while the others wait; a CheckpointError there is raised everywhere."""
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except CheckpointError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise CheckpointError(failure[0])
+
+
+def _check_same_everywhere(folder: Path | None) -> None:
+    """Refuse ranks that see different checkpoints, as a slow network disk may show them."""
+    step = -1 if folder is None else int(files.read_manifest(folder)["step"])
+    if _over_ranks(step, dist.ReduceOp.MAX) != _over_ranks(step, dist.ReduceOp.MIN):
+        raise CheckpointError(f"{folder}: ranks see different newest checkpoints; is run_folder on a disk that all share?")
+
+
+def _unwritable(folder: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{folder}: could not be written ({_cause(error)}); older checkpoints are untouched")
+
+
+def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{folder}: could not be read ({_cause(error)}); remove the folder to resume from the one before it")
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason in one line: Megatron and torch wrap the disk's own error several times."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,85 @@
+"""Writes the files of one checkpoint, in the background if wanted, from a thread of the training process.
+
+Megatron's own writer forks the training process for every save and keeps a queue in a server process that outlives a killed
+rank. A fork of a process with CUDA, DALI and gloo threads can stop in a lock that no thread holds any more, and a dead worker
+is waited for without end. The same write functions called in a thread have none of this; torch releases the interpreter
+while it writes.
+
+Source: megatron-core 0.16.1, dist_checkpointing/strategies/{async_utils,filesystem_async}.py.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
+"""File path, name inside the checkpoint, (byte items, tensor items) to write there; Megatron's WriteBucket."""
+
+# Megatron takes the write results of this process from here; set before its first save, no server process is started.
+filesystem_async._results_queue = queue.Queue()
+
+
+class CheckpointWrite:
+    """One save under way on this rank.
+
+    Args:
+        request: what ``dist_checkpointing.save(..., async_sharded_save=True)`` returned.
+        background: write in a thread, from copies of the tensors; otherwise everything is written when this returns.
+    """
+
+    def __init__(self, request: AsyncRequest, background: bool) -> None:
+        self._finalizers = request.finalize_fns
+        self._thread: threading.Thread | None = None
+        if request.async_fn is None:
+            return
+        transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
+        buckets: list[Bucket] = request.preload_fn()
+        results = request.async_fn_args[2]
+        if not background:
+            _write(transforms, buckets, results)
+            return
+        # On CUDA the staged tensors are copies already; on the CPU they are the parameters that the next step changes.
+        if not torch.cuda.is_available():
+            buckets = [(path, name, (data, [(item, t.clone()) for item, t in ts])) for path, name, (data, ts) in buckets]
+        self._thread = threading.Thread(target=_write, args=(transforms, buckets, results), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_written(self) -> bool:
+        """Whether this rank's files are on the disk, or have failed to be."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for this rank's files, then exchange the results and write the index; every rank must call it.
+
+        Raises:
+            CheckpointException: a file could not be written on some rank; raised on all ranks.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        for finalize in self._finalizers:
+            finalize()
+
+
+def _write(transforms: list[Any], buckets: list[Bucket], results: queue.Queue[Any]) -> None:
+    """Write every bucket and report either all results or the first failure."""
+    written: dict[int, Any] = {}
+    for index, bucket in enumerate(buckets):
+        answer: queue.Queue[Any] = queue.Queue()
+        done: queue.Queue[int] = queue.Queue()
+        done.put(index)
+        try:
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, answer, done, use_fsync=True)
+            outcome = answer.get_nowait()[1]
+        except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
+            outcome = error
+        if isinstance(outcome, Exception):
+            results.put(outcome)
+            return
+        written[index] = outcome
+    results.put(written)

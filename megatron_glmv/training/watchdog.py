@@ -1,0 +1,251 @@
+"""Ends a run that hangs, and says who is behind.
+
+Every rank keeps a small file in the run folder: step, phase, and when it was last heard of. Files outlive the ranks that die,
+whatever carries the collectives, and can be read afterwards. A thread of each rank renews the file and, when the main thread
+has not moved for too long, compares all files, names the rank that is behind, dumps its own stacks and ends its process; the
+peers then lose it and end too. If not even that thread can run, because native code holds the interpreter, Python's
+faulthandler, which needs no interpreter, does the rest.
+
+Collectives must not give up first: start process groups with :func:`collective_timeout_s`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+EXIT_CODE = 70
+"""Exit code of a rank that its watchdog has ended."""
+_RECORD_BYTES = 1024
+_LOST_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "gloo", "nccl", "socket")
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What one rank last said of itself."""
+
+    rank: int
+    step: int
+    phase: str
+    beats: int
+    """Calls of :meth:`Watchdog.beat`; all ranks make the same ones, so the smallest is behind."""
+    heard: float
+    """Seconds since the epoch when the file was written."""
+    host: str
+    process: int
+    failure: str = ""
+    """Why this rank ended, once it does."""
+
+    @property
+    def place(self) -> str:
+        """Where the rank is, for messages."""
+        return f"step {self.step} ({self.phase})"
+
+
+def collective_timeout_s(timeout_s: float) -> float:
+    """Timeout for process groups: later than the watchdog's, so that its message comes first."""
+    return 1.5 * timeout_s + 30.0
+
+
+class Watchdog:
+    """Watches this rank's main thread.
+
+    Args:
+        run_folder: of the run, on a disk that all ranks share; files go to ranks/.
+        rank: this rank.
+        world_size: number of ranks.
+        timeout_s: seconds without :meth:`beat` after which the process ends.
+        stream: where the one line goes; None: stderr.
+    """
+
+    def __init__(self, run_folder: Path, rank: int, world_size: int, timeout_s: float, stream: TextIO | None = None) -> None:
+        self._folder = run_folder / "ranks"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._stream = stream if stream is not None else sys.stderr
+        self._interval_s = min(5.0, timeout_s / 10)
+        self._own = Heartbeat(rank, 0, "start", 0, time.time(), socket.gethostname(), os.getpid())
+        self._moved = time.monotonic()
+        self._stopped = threading.Event()
+        (self._folder / "hang.txt").unlink(missing_ok=True)
+        for old in self._folder.glob(f"rank_{rank:04d}.*"):
+            old.unlink(missing_ok=True)
+        self._file = os.open(self._path(rank), os.O_RDWR | os.O_CREAT, 0o644)
+        self._stacks = (self._folder / f"rank_{rank:04d}.stacks.txt").open("w", encoding="utf-8")
+        self._publish()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._moved = time.monotonic()
+        self._thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Say that the main thread has come to a phase of a step; all ranks must make the same calls. Costs no I/O."""
+        self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1)
+        self._moved = time.monotonic()
+
+    def stop(self) -> None:
+        """Stop watching, at the end of a run."""
+        self._stopped.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._own = replace(self._own, failure="finished")
+        self._publish()
+
+    def describe_failure(self, error: BaseException) -> str:
+        """One line for an exception that ends this rank; waits a moment to see whether a peer has died.
+
+        Args:
+            error: what the main thread caught.
+
+        Returns:
+            Who failed, at which step; for a lost peer the rank that was lost and where it was last heard of.
+        """
+        own, cause = self._own, " ".join(str(error).split())[:200] or type(error).__name__
+        if not is_lost_peer(error):
+            self._end(f"{type(error).__name__}: {cause}")
+            return f"rank {own.rank} failed at {own.place}: {type(error).__name__}: {cause}"
+        self._end("lost contact")
+        deadline = time.monotonic() + 3 * self._interval_s
+        while True:
+            beats = self.read()
+            report = self._hang_report()
+            if report:
+                return f"rank {own.rank} ended at {own.place}: {report}"
+            failed = [b for b in beats if b.failure and b.failure not in ("lost contact", "finished")]
+            if failed:
+                first = min(failed, key=lambda b: b.heard)
+                where = f"rank {own.rank} ended at {own.place}"
+                return f"{where} because rank {first.rank} failed at {first.place}: {first.failure}"
+            lost = [b for b in beats if not b.failure and (_is_gone(b) or self._is_silent(b))]
+            if lost:
+                names = "; ".join(f"rank {b.rank}: {b.place}, {_age(b)} ago" for b in lost)
+                return f"rank {own.rank} lost contact at {own.place}; last heard of {names}"
+            if time.monotonic() > deadline:
+                return f"rank {own.rank} lost contact at {own.place} ({cause}); {self._who_is_behind(beats)}"
+            time.sleep(0.1)
+
+    def read(self) -> list[Heartbeat]:
+        """What every rank last said, in rank order; ranks that never started are missing."""
+        found = []
+        for rank in range(self._world_size):
+            try:
+                found.append(Heartbeat(**json.loads(self._path(rank).read_bytes().rstrip(b"\0 \n"))))
+            except (OSError, ValueError, TypeError):
+                continue
+        return found
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            # Fires only if this thread cannot come back to postpone it.
+            faulthandler.dump_traceback_later(self._timeout_s + 2 * self._interval_s, exit=True, file=self._stacks)
+            self._publish()
+            if time.monotonic() - self._moved > self._timeout_s:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        self._publish()
+        report = f"no progress for {self._timeout_s:g} s: {self._who_is_behind(self.read())}"
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._stacks.flush()
+        if self._claim_report(report):
+            print(report, file=self._stream, flush=True)
+        self._end(report)
+        os._exit(EXIT_CODE)
+
+    def _who_is_behind(self, beats: list[Heartbeat]) -> str:
+        """Name the ranks with the fewest beats, and those that are not heard of any more."""
+        missing = sorted(set(range(self._world_size)) - {b.rank for b in beats})
+        least = min(b.beats for b in beats)
+        behind = [b for b in beats if b.beats == least]
+        others = [b for b in beats if b.beats > least]
+        verb = "is" if len(behind) == 1 else "are"
+        if others:
+            places = sorted({(b.step, b.place) for b in others})
+            where = places[0][1] if len(places) == 1 else f"{places[0][1]} to {places[-1][1]}"
+            text = f"{_ranks(b.rank for b in behind)} {verb} at {behind[0].place} while the others are at {where}"
+        else:
+            text = f"{_ranks(b.rank for b in behind)} {verb} at {behind[0].place}"
+        silent = [b for b in beats if not b.failure and (_is_gone(b) or self._is_silent(b))]
+        if silent:
+            text += "; " + ", ".join(f"rank {b.rank} was last heard of {_age(b)} ago" for b in silent)
+        if missing:
+            text += f"; {_ranks(missing)} never started"
+        return text
+
+    def _is_silent(self, beat: Heartbeat) -> bool:
+        """Whether a rank's watchdog has stopped writing: the process is dead, frozen or cut off from the disk."""
+        return beat.rank != self._rank and time.time() - beat.heard > 2.5 * self._interval_s
+
+    def _end(self, failure: str) -> None:
+        """Say why this rank ends; only the first reason stays."""
+        if not self._own.failure:
+            self._own = replace(self._own, failure=failure)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._own = replace(self._own, heard=time.time())
+        text = json.dumps(asdict(replace(self._own, failure=self._own.failure[:400])))
+        try:
+            os.pwrite(self._file, text.encode().ljust(_RECORD_BYTES), 0)
+        except OSError:
+            return  # a disk that refuses must not end a run that goes well
+
+    def _claim_report(self, report: str) -> bool:
+        """Whether this rank is the first to report; the others stay silent."""
+        try:
+            with (self._folder / "hang.txt").open("x", encoding="utf-8") as file:
+                file.write(report + "\n")
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def _hang_report(self) -> str:
+        try:
+            return (self._folder / "hang.txt").read_text(encoding="utf-8").strip()
+        except OSError:
+            return ""
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank_{rank:04d}.json"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception of a collective means that a peer has gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(word in text for word in _LOST_PEER)
+
+
+def _is_gone(beat: Heartbeat) -> bool:
+    """Whether a process of this machine has ended; others cannot be asked."""
+    if beat.host != socket.gethostname():
+        return False
+    try:
+        state = Path(f"/proc/{beat.process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return Path("/proc/self").exists()
+    return state in ("Z", "X")
+
+
+def _age(beat: Heartbeat) -> str:
+    return f"{max(time.time() - beat.heard, 0):.1f} s"
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """``rank 3``, ``ranks 1, 2, 5`` or ``ranks 0, 1, 2, 3 and 60 more``."""
+    listed = list(ranks)
+    if len(listed) == 1:
+        return f"rank {listed[0]}"
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return "ranks " + ", ".join(str(rank) for rank in listed[:8]) + more
