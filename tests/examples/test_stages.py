@@ -43,7 +43,7 @@ def test_example_opens_with_what_it_needs_and_gives(path: Path):
     [("pretrain", 120_000, 1536, 8192, 2, 1), ("long_context", 10_000, 1536, 32_768, 2, 4), ("sft", 2000, 32, 32_768, 2, 4)],
 )
 def test_values_of_the_paper(name: str, steps: int, rows: int, length: int, tensor: int, context: int):
-    """arXiv 2507.01006, sections 3 and 4; the steps, tensor and context of sft are ours."""
+    """Sections 3 and 4 of arXiv 2507.01006; the steps, tensor and context of sft are ours."""
     config = stage(name)
     assert (config.steps, config.global_batch_rows, config.data.sequence_length) == (steps, rows, length)
     assert (config.parallel.tensor, config.parallel.context, config.model.preset) == (tensor, context, "glm-4.1v-9b")

@@ -101,5 +101,6 @@ def test_peaks_are_known_by_the_whole_product_name():
     assert device_peak("NVIDIA H100 80GB HBM3", "fp8") == 2 * 989.45e12
     assert device_peak("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert device_peak("NVIDIA A100-SXM4-80GB", "fp8") is None
-    assert device_peak("NVIDIA H100 PCIe", "bf16") is None, "a slower card of the same family"
+    for slower in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL"):
+        assert device_peak(slower, "bf16") is None, "a slower card of the same family"
     assert device_peak("cpu", "fp32") is None
