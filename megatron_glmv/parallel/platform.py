@@ -70,6 +70,10 @@ def activate() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: _generator.set_state(state)
+    from megatron.core.optimizer import distrib_optimizer
+
+    # Where `AdamW` below keeps its step count: the distributed optimizer's checkpoint looks there if it believes in apex.
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
