@@ -359,8 +359,11 @@ def test_a_dropped_stream_ends_its_thread(sources):
 
 
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(0)"])
-def test_the_interpreter_ends_without_close(sources, ending):
-    """A thread inside DALI at that moment would abort the process with SIGABRT."""
-    code = CHILD.format(sources=[sources[0].model_dump(mode="json")], prefetch=1_000) + f"stream.step(0)\n{ending}\n"
+def test_the_interpreter_ends_without_close(tmp_path, ending):
+    """A thread inside DALI at that moment aborts the process with SIGABRT; large photos keep it there nearly all the time."""
+    photo = measure(encode(draw(1_400, 1_400), "JPEG"), "jpg")
+    write_rows(tmp_path, 2, pictures=lambda row, number: [photo])
+    sources = [{"name": "photos", "path": str(tmp_path)}]
+    code = CHILD.format(sources=sources, prefetch=1_000) + f"stream.step(0)\n{ending}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
