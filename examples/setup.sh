@@ -36,13 +36,12 @@ glmv_install() {
 }
 
 glmv_setup() {
-    local stamp="$GLMV_ROOT/.venv/installed" wanted
+    local stamp="$GLMV_ROOT/.venv/installed" start=$SECONDS wanted
     wanted="$GLMV_ROOT $(cat "$GLMV_ROOT/constraints.txt" "$GLMV_ROOT/setup.py" | cksum)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        SECONDS=0
         glmv_install || return 1
         echo "$wanted" >"$stamp" # last: an interrupted installation is taken up again
-        echo "setup: done in ${SECONDS} s"
+        echo "setup: done in $((SECONDS - start)) s"
     fi
     export VIRTUAL_ENV="$GLMV_ROOT/.venv" PATH="$GLMV_ROOT/.venv/bin:$PATH"
     unset PYTHONHOME

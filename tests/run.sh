@@ -7,11 +7,12 @@ cd "$GLMV_ROOT"
 # One thread a process: the tests run several ranks at once, and small tensors gain nothing from more.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-step() {
-    echo "== $1"
+failed=()
+step() { # name, command...: run it, show its seconds, remember a failure and go on
+    local name="$1" start=$SECONDS
     shift
-    local start=$SECONDS
-    "$@"
+    echo "== $name"
+    "$@" || failed+=("$name")
     echo "-- $((SECONDS - start)) s"
 }
 
@@ -20,3 +21,9 @@ step "ruff format" python -m ruff format --check .
 step "import floors" lint-imports --no-logo
 step "mypy" python -m mypy
 step "pytest" python -m pytest -q --durations=10 "$@"
+
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "FAILED: $(IFS=,; echo "${failed[*]}")"
+    exit 1
+fi
+echo "all passed in $SECONDS s"
