@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_glmv.config.base import InputError
 from megatron_glmv.config.model import ModelShape
 
 Order = Literal["same", "stack", "text_qkv", "vision_qkv"]
@@ -30,7 +31,7 @@ Split = Literal["whole", "rows", "gated_rows", "columns"]
 same chunk of the up rows; equal chunks of columns."""
 
 
-class MappingError(ValueError):
+class MappingError(InputError):
     """Weights that do not fit the table; the message names the tensor."""
 
 

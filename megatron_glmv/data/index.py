@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from megatron_glmv.config.base import Config, ConfigError, validate
+from megatron_glmv.config.base import Config, ConfigError, InputError, validate
 from megatron_glmv.config.model import ModelShape
 
 FORMAT: Final = "glmv-packed-rows"
@@ -22,7 +22,7 @@ COLUMNS = ("offset", "head_bytes", "total_bytes", "tokens", "patches", "trained"
 REPACK = "pack the data set again with `glmv-data pack`"
 
 
-class ShardError(ValueError):
+class ShardError(InputError):
     """A data set that cannot be read or used; the message is one line that names the file and what to do."""
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_glmv.config.base import InputError
 from megatron_glmv.config.data import DataConfig, SourceConfig
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.data.images import BadPicture, EncodedPicture, PictureDecoder
@@ -39,7 +40,7 @@ _BadDocument = tuple[int, str, str]
 _BuiltRow = tuple[PackedSequence, tuple[_BadDocument, ...]]
 
 
-class DataError(RuntimeError):
+class DataError(InputError):
     """The data are too damaged to go on; the message names the count and the log."""
 
 

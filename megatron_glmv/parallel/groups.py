@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import os
 import random
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
 
 from megatron_glmv.config.parallel import ParallelConfig
 from megatron_glmv.parallel import platform
-
-platform.activate()
-
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (the platform must be chosen first)
 
 
 def num_ranks() -> int:
@@ -23,19 +21,20 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize(config: ParallelConfig, seed: int) -> None:
+def initialize(config: ParallelConfig, seed: int, timeout_s: float | None = None) -> None:
     """Join the job's process group, build the groups of the layout and seed this rank's generators.
 
     Args:
         config: the layout; the data-parallel size is what remains.
         seed: the run's seed. No random number depends on the data-parallel rank.
+        timeout_s: seconds after which a collective gives up; None: the layout's own.
     """
+    timeout = dt.timedelta(seconds=timeout_s or config.timeout_s)
     if not dist.is_initialized():
         for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(name, value)
         if "MASTER_PORT" not in os.environ:
             os.environ["MASTER_PORT"] = "0"
-        timeout = dt.timedelta(seconds=config.timeout_s)
         dist.init_process_group(platform.backend(), timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
@@ -43,7 +42,7 @@ def initialize(config: ParallelConfig, seed: int) -> None:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
         create_gloo_process_groups=config.distributed_optimizer,
-        distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
+        distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
     )
     seed_generators(seed)
 

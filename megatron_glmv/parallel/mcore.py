@@ -7,15 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
 
 from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_glmv.parallel import platform
-
-platform.activate()
-
-from megatron.core.transformer import TransformerConfig  # noqa: E402  (the platform must be chosen first)
 
 try:
     import transformer_engine  # noqa: F401

@@ -55,12 +55,14 @@ def memory_bytes() -> int:
 
 def activate() -> None:
     """Choose this rank's device; call before megatron.core is imported and before any process group exists."""
+    # Megatron's and torch's advice to developers, once a rank, buries what a user must read.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return
     if issubclass(torch.optim.AdamW, AdamW):
         return
-    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

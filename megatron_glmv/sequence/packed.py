@@ -10,13 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_glmv.config.base import InputError
 from megatron_glmv.sequence.positions import multimodal_positions
 
 PADDING_DOCUMENT = 256
 """Tokens of the documents that fill the end of a row: short ones, because attention within them is wasted work."""
 
 
-class RowError(ValueError):
+class RowError(InputError):
     """A row that cannot be built or used; the message names the sample or row."""
 
 

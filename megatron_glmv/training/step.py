@@ -19,6 +19,7 @@ from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.training.assemble import Assembly
+from megatron_glmv.training.flops import Flops, row_flops
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 
 
@@ -35,6 +36,8 @@ class StepResult:
     """Frames of the global batch that the vision tower saw."""
     bad_samples: int
     """Samples of the global batch whose pictures did not decode, and which were therefore not trained on."""
+    flops: dict[str, float]
+    """Operations that the model needs for the global batch, forward and backward, by tower."""
     learning_rates: dict[Part, float]
     grad_norm: float
     applied: bool
@@ -58,9 +61,8 @@ def train_step(assembly: Assembly, batch: StepRows, step: int) -> StepResult:
     rates = set_learning_rates(assembly.optimizer, step, assembly.config)
     outcome = step_optimizer(assembly.optimizer)
     loss, tokens = reduce_loss(outputs)
-    counts = torch.tensor([sum(row.num_useful for row in rows), sum(len(row.frames) for row in rows), bad])
-    useful, images, bad_samples = _sum_over_replicas(counts)
-    return StepResult(loss, tokens, useful, images, bad_samples, rates, outcome.grad_norm, outcome.applied)
+    useful, images, bad_samples, flops = _count(assembly, rows, bad)
+    return StepResult(loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied)
 
 
 @torch.no_grad()
@@ -161,7 +163,12 @@ def reduce_loss(outputs: list[Tensor]) -> tuple[float, int]:
     return float(total[0] / total[1].clamp(min=1)), int(total[1])
 
 
-def _sum_over_replicas(counts: Tensor) -> list[int]:
-    counts = counts.to(platform.device())
+def _count(assembly: Assembly, rows: Sequence[PackedSequence], bad: int) -> tuple[int, int, int, dict[str, float]]:
+    """Useful tokens, frames, bad samples and operations of the global batch."""
+    flops = sum((row_flops(assembly.shape, row, assembly.config.model.freeze) for row in rows), Flops())
+    towers = {"vision": flops.vision, "merger": flops.merger, "text": flops.text, "head": flops.head}
+    useful, images = sum(row.num_useful for row in rows), sum(len(row.frames) for row in rows)
+    counts = torch.tensor([useful, images, bad, *towers.values()], dtype=torch.float64, device=platform.device())
     dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    return [int(count) for count in counts]
+    useful, images, bad, *operations = counts.tolist()
+    return int(useful), int(images), int(bad), dict(zip(towers, operations, strict=True))

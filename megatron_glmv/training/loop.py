@@ -1,0 +1,123 @@
+"""The training loop: rows, step, report, evaluate, save; everything else is assembled elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.data.loader import RowStream
+from megatron_glmv.parallel import groups
+from megatron_glmv.training.assemble import Assembly
+from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
+from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.step import StepResult, evaluate_step, train_step
+from megatron_glmv.training.watchdog import Watchdog
+
+
+@dataclass
+class Run:
+    """What the loop drives on this rank."""
+
+    config: TrainConfig
+    assembly: Assembly
+    checkpointer: Checkpointer
+    state: TrainState
+    stream: RowStream
+    eval_stream: RowStream | None
+    metrics: MetricsWriter | None
+    """On the one rank that reports."""
+    watchdog: Watchdog
+
+
+def train(run: Run) -> None:
+    """Train from the state's step to the last one, and leave a checkpoint of it."""
+    config, state = run.config, run.state
+    while state.step < config.steps:
+        started, waited = time.perf_counter(), run.stream.wait_s
+        run.watchdog.beat(state.step, "data")
+        batch = run.stream.step(state.step)
+        run.watchdog.beat(state.step, "step")
+        result = train_step(run.assembly, batch, state.step)
+        advance(state, config, result)
+        if run.metrics is not None:
+            run.metrics.log_step(
+                describe_step(config, state, result, time.perf_counter() - started, run.stream.wait_s - waited)
+            )
+        run.watchdog.beat(state.step, "checkpoint")
+        if run.checkpointer.poll() and run.metrics is not None:
+            run.metrics.note(f"checkpoint complete, {state.step} steps done")
+        last = state.step == config.steps
+        if state.step % config.checkpoint.every_steps == 0 or last:
+            run.checkpointer.save(state)
+        if run.eval_stream is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
+            evaluate(run)
+    run.checkpointer.close()
+
+
+def evaluate(run: Run) -> float:
+    """Mean loss over the first rows of the held-out sources; the same rows each time."""
+    assert run.eval_stream is not None
+    batches = max(1, run.config.evaluation.rows // run.config.global_batch_rows)
+    loss, tokens = 0.0, 0
+    for batch in range(batches):
+        run.watchdog.beat(run.state.step, "evaluation")
+        batch_loss, batch_tokens = evaluate_step(run.assembly, run.eval_stream.step(batch))
+        loss, tokens = loss + batch_loss, tokens + batch_tokens
+    mean = loss / max(tokens, 1)
+    if run.metrics is not None:
+        run.metrics.log_evaluation(run.state.step, mean, tokens)
+    return mean
+
+
+def advance(state: TrainState, config: TrainConfig, result: StepResult) -> None:
+    """Count one step."""
+    state.step += 1
+    state.consumed_rows += config.global_batch_rows
+    state.consumed_tokens += result.trained_tokens
+    state.skipped_steps += not result.applied
+    state.bad_samples += result.bad_samples
+
+
+def describe_step(config: TrainConfig, state: TrainState, result: StepResult, seconds: float, wait_s: float) -> StepMetrics:
+    """One step's report."""
+    return StepMetrics(
+        step=state.step,
+        loss=result.loss,
+        learning_rates=result.learning_rates,
+        grad_norm=result.grad_norm,
+        applied=result.applied,
+        trained_tokens=result.trained_tokens,
+        useful_tokens=result.useful_tokens,
+        total_tokens=config.global_batch_rows * config.data.sequence_length,
+        images=result.images,
+        seconds=seconds,
+        loader_wait_s=wait_s,
+        flops=result.flops,
+        skipped_steps=state.skipped_steps,
+        bad_samples=state.bad_samples,
+    )
+
+
+def open_stream(config: TrainConfig, *, held_out: bool, first_step: int = 0) -> RowStream:
+    """This rank's stream of training or held-out rows."""
+    data = config.data
+    return RowStream(
+        data.eval_sources if held_out else data.sources,
+        data,
+        config.model.shape,
+        seed=config.seed,
+        global_batch_rows=config.global_batch_rows,
+        data_rank=groups.data_rank(),
+        data_size=groups.data_size(),
+        decode=groups.decodes_media(),
+        align=config.parallel.row_alignment,
+        first_step=first_step,
+        shuffle=False if held_out else None,
+        fault_log=config.run_folder / f"bad_samples_{'eval' if held_out else 'train'}_{groups.data_rank()}.jsonl",
+    )
+
+
+def _is_due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
