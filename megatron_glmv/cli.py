@@ -173,10 +173,8 @@ def _too_few(config: TrainConfig, ranks: int, items: Sequence[str]) -> str:
 
 
 def _start_ranks(ranks: int, items: Sequence[str]) -> int:
-    """Become torchrun, so that signals and the exit code are its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*launcher, "-m", "megatron_glmv", "train", *items])
+    """Start ranks on this machine and end with the exit code of the first that failed."""
+    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, ["train", *items])
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -187,10 +185,11 @@ def _export(arguments: argparse.Namespace) -> int:
 def _report(message: str, code: int) -> int:
     """Print one line for the user; under torchrun, name the rank where ranks can differ."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if code == BAD_USAGE and local_rank != 0:
-        # Every rank has found the same fault; torchrun ends the others once one has ended, so let rank 0 say it first.
+    if local_rank != 0:
+        # Mostly every rank has found the same fault: let rank 0 say it, and end the others, before this one speaks.
         time.sleep(2)
-        return code
+        if code == BAD_USAGE:
+            return code
     rank = f"rank {os.environ['RANK']}: " if code == FAILED and "RANK" in os.environ else ""
     print(f"glmv: error: {rank}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
