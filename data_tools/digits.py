@@ -4,6 +4,9 @@ Scikit-learn ships 1,797 scans of 8 x 8 pixels. The scans are divided before any
 depend on the seed, so a held-out picture never shows a scan that any training picture showed. Every sample has a random
 generator of its own, keyed by (seed, split, number): the data set does not depend on how often the tool was interrupted.
 
+Pictures are made for a model of a million parameters: a digit fills about one merged token, and all pictures of a kind have one
+size, because GLM's position table is stretched over the whole picture and would otherwise name another column in each.
+
 Source: scikit-learn 1.9.1, `sklearn.datasets.load_digits` (the test part of UCI's optical recognition of handwritten digits).
 """
 
@@ -31,6 +34,8 @@ JITTER = 2
 """Largest shift of a digit from the middle of its cell, in pixels."""
 INK_VISIBLE = 0.25
 """Ink above this share of the darkest belongs to the digit's box."""
+GRID_COLUMNS = 4
+"""Cells a row of the pictures with two rows."""
 NUM_HELD_OUT = 360
 SPLITS = ("train", "eval")
 REPORT = "digits.json"
@@ -135,32 +140,30 @@ def compose(scans: Scans, chosen: npt.NDArray[np.int64], cells: list[tuple[int, 
         boxes.append([left + int(xs.min()), top + int(ys.min()), left + int(xs.max()) + 1, top + int(ys.max()) + 1])
     paper = random.uniform(215, 250) + random.uniform(-8, 8, size=3)
     pen = random.uniform(20, 80) + random.uniform(-10, 10, size=3)
-    light = np.linspace(*random.uniform(-5, 5, size=2), num=width)[:, None]
+    left_light, right_light = random.uniform(-5, 5, size=2).tolist()
+    light = np.linspace(left_light, right_light, num=width)[:, None]
     pixels = paper + light + ink[..., None] * (pen - paper)
     return Picture(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), scans.labels[chosen].tolist(),
                    scans.numbers[chosen].tolist(), boxes)  # fmt: skip
 
 
 def in_a_row(scans: Scans, count: int, columns: int, random: np.random.Generator) -> Picture:
-    """`count` digits side by side, somewhere in a row of `columns` cells."""
-    first = int(random.integers(columns - count + 1))
-    cells = [(0, first + i) for i in range(count)]
+    """`count` digits side by side from the left of a row of `columns` cells."""
+    cells = [(0, column) for column in range(count)]
     return compose(scans, random.integers(len(scans.labels), size=count), cells, (1, columns), random)
 
 
 def on_a_grid(scans: Scans, count: int, random: np.random.Generator) -> Picture:
     """`count` digits in random cells of two rows."""
-    columns = max(3, -(-count // 2) + int(random.integers(2)))
-    places = np.sort(random.choice(2 * columns, size=count, replace=False))
-    cells = [(int(place) // columns, int(place) % columns) for place in places]
-    return compose(scans, random.integers(len(scans.labels), size=count), cells, (2, columns), random)
+    places = np.sort(random.choice(2 * GRID_COLUMNS, size=count, replace=False))
+    cells = [(int(place) // GRID_COLUMNS, int(place) % GRID_COLUMNS) for place in places]
+    return compose(scans, random.integers(len(scans.labels), size=count), cells, (2, GRID_COLUMNS), random)
 
 
 def make_read(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[Picture, str, str, dict[str, Any]]:
     """Digits of a row from left to right."""
     count = int(random.integers(1, plan.max_digits + 1))
-    columns = min(count + int(random.integers(3)), max(count, plan.max_digits))
-    picture = in_a_row(scans, count, columns, random)
+    picture = in_a_row(scans, count, plan.max_digits, random)
     return picture, "Read the digits.", " ".join(map(str, picture.digits)), {}
 
 
@@ -176,7 +179,7 @@ def make_count(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[P
 def make_add(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[Picture, str, str, dict[str, Any]]:
     """The sum of two or three digits."""
     count = int(random.integers(2, 4))
-    picture = in_a_row(scans, count, count, random)
+    picture = in_a_row(scans, count, max(3, plan.max_digits), random)
     return picture, "What is the sum of the digits?", str(sum(picture.digits)), {}
 
 
@@ -231,7 +234,7 @@ def write_split(out: Path, scans: Scans, plan: Plan, split: str, num_samples: in
         return
     (out / "images" / split).mkdir(parents=True, exist_ok=True)
     done = _keep_whole_lines(partial)
-    with open(partial, "a", encoding="utf-8") as lines:
+    with partial.open("a", encoding="utf-8") as lines:
         bar = {"initial": done, "total": num_samples, "desc": f"digits {split}", "unit": " pictures"}
         for number in tqdm(range(done, num_samples), **bar):
             record, pixels = make_sample(scans, plan, split, number)
@@ -276,7 +279,7 @@ def write_digits(out: Path, plan: Plan) -> dict[str, Any]:
 
 def _count_tasks(path: Path) -> dict[str, int]:
     counts = dict.fromkeys(TASKS, 0)
-    with open(path, encoding="utf-8") as lines:
+    with path.open(encoding="utf-8") as lines:
         for line in lines:
             counts[json.loads(line)["task"]] += 1
     return counts

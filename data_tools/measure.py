@@ -90,7 +90,7 @@ def list_chunks(paths: Sequence[Path], size: int = CHUNK) -> list[Chunk]:
     chunks: list[Chunk] = []
     for path in paths:
         start = end = first = lines = 0
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for lines, line in enumerate(file, start=1):
                 end += len(line)
                 if lines - first == size:
@@ -111,7 +111,7 @@ def measure_chunk(chunk: Chunk, settings: Measuring, folder: Path) -> list[Skipp
     if not path.exists():
         chat = _load_chat(settings.processor)
         measured, skipped = [], []
-        with open(chunk.path, "rb") as file:
+        with chunk.path.open("rb") as file:
             file.seek(chunk.start_byte)
             for number in range(chunk.first_line + 1, chunk.first_line + chunk.num_lines + 1):
                 line = file.readline()
@@ -157,7 +157,7 @@ def measure_picture(sample: Sample, name: str, decode: bool) -> MediaFile:
                 picture.load()
     except FileNotFoundError:
         raise SampleError(sample.key, "a picture is missing", str(path)) from None
-    except Exception as error:  # Pillow's decoders raise whatever their format's parser raises on broken bytes.
+    except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever their parser raises on broken bytes)
         raise SampleError(sample.key, "a picture does not decode", f"{path} ({error})") from None
     return MediaFile(str(path), height, width)
 
@@ -181,7 +181,7 @@ def _save(path: Path, measured: Sequence[Measured], skipped: Sequence[Skipped]) 
     entries = [{"key": sample.document.key, "length": len(sample.document.tokens), "frames": sample.document.frames,
                 "media": [asdict(file) for file in sample.media]} for sample in measured]  # fmt: skip
     partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    with partial.open("wb") as file:
         np.savez(
             file,
             tokens=np.concatenate([np.empty(0, np.int32), *(sample.document.tokens for sample in measured)]),

@@ -128,9 +128,10 @@ def pack_samples(plan: Plan, out: Path, num_workers: int = 0) -> dict[str, Any]:
     _prepare(partial, plan)
     chunks = list_chunks(plan.inputs)
     skipped = _measure(chunks, plan, measured, num_workers)
-    writer = ShardWriter(partial, length=plan.length, align=plan.align, vocab_size=chat.vocab_size, image_token=chat.image_token,
-                         pad_token=chat.pad_token, image_limits=chat.image.limits, patch_size=chat.image.patch_size,
-                         merge_size=chat.image.merge_size, shard_bytes=plan.shard_mib << 20)  # fmt: skip
+    writer = ShardWriter(partial, length=plan.length, align=plan.align, vocab_size=chat.vocab_size,
+                         image_token=chat.image_token, pad_token=chat.pad_token, image_limits=chat.image.limits,
+                         patch_size=chat.image.patch_size, merge_size=chat.image.merge_size,
+                         shard_bytes=plan.shard_mib << 20)  # fmt: skip
     totals: Counter[str] = Counter()
     for row in _pack(chunks, plan, measured, skipped):
         writer.write([sample.document for sample in row], [_read_pictures(sample) for sample in row])
@@ -202,9 +203,7 @@ def _pack(chunks: Sequence[Chunk], plan: Plan, folder: Path, skipped: list[Skipp
     with tqdm(total=sum(chunk.num_lines for chunk in chunks), desc="pack", unit=" samples") as bar:
         for first in range(0, len(chunks), WINDOW):
             for chunk in chunks[first : first + WINDOW]:
-                for sample in load_measured(chunk, folder):
-                    if _fits(sample, plan, skipped):
-                        pool.append(sample)
+                pool += [sample for sample in load_measured(chunk, folder) if _fits(sample, plan, skipped)]
             is_last = first + WINDOW >= len(chunks)
             rows = pack_lengths(
                 [len(sample.document.tokens) for sample in pool], plan.length, align=plan.align, seed=plan.seed,
@@ -275,12 +274,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processor", type=Path, required=True, metavar="FOLDER",
                         help="of `glmv-data train-tokenizer`, or the model's Hugging Face folder")  # fmt: skip
     parser.add_argument("--length", type=int, required=True, help="tokens of a row; at most data.sequence_length of training")
-    parser.add_argument("--align", type=int, default=8,
-                        help="round samples up to multiples of this; context parallelism c needs 2 c (default %(default)s)")  # fmt: skip
+    parser.add_argument("--align", type=int, default=8, metavar="N",
+                        help="round samples up to multiples of this; context parallelism c needs 2 c (default 8)")  # fmt: skip
     parser.add_argument("--patches", type=int, metavar="N", help="most patches in a row (default: no limit)")
     parser.add_argument("--seed", type=int, default=0, help="which short samples share a row (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure (default: by cores and size)")
-    parser.add_argument("--shard-mib", type=int, default=1024, metavar="N", help="close a shard at this size (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that measure (default: by size)")
+    parser.add_argument("--shard-mib", type=int, default=1024, metavar="N", help="size that closes a shard (default 1024)")
     parser.add_argument("--headers-only", action="store_true", help="do not decode pictures to check them")
     parser.add_argument("--skip-bad", action="store_true", help="count samples that cannot be used instead of stopping")
     parser.add_argument("--skip-long", action="store_true", help="count samples that exceed a row instead of stopping")
@@ -292,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
     if not inputs:
         raise ValueError("name at least one INPUT.jsonl and the folder OUT")
     if args.length < 8 or args.align < 1 or args.shard_mib < 1 or args.workers < 0 or (args.patches or 1) < 1 or args.seed < 0:
-        raise ValueError("--length must be at least 8, --align, --patches and --shard-mib at least 1, --workers and --seed at least 0")
+        raise ValueError("--length at least 8, --align, --patches and --shard-mib at least 1, --workers and --seed at least 0")
     plan = Plan(tuple(inputs), args.processor, args.length, args.align, args.patches, args.seed, not args.headers_only,
                 args.skip_bad, args.skip_long, args.shard_mib)  # fmt: skip
     print(json.dumps(pack_samples(plan, out, args.workers)))

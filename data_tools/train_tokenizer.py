@@ -4,7 +4,7 @@ The fast tokenizer.json is built from the pieces of the trained model, and the t
 reports success: an engine that reads one file and a trainer that reads the other must see the same ids.
 
 Source: ids and template of GLM-4.1V-9B-Thinking (its tokenizer_config.json, chat_template.jinja); transformers 5.23.0,
-tokenization_utils_sentencepiece.py (merges from SentencePiece's scores); sentencepiece 0.2.3 (identity normalisation, byte fallback).
+tokenization_utils_sentencepiece.py (merges from SentencePiece's scores); sentencepiece 0.2.3 (byte fallback).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SPACE = "\u2581"
 """How SentencePiece writes a space."""
 SMALLEST_VOCABULARY = 1 + len(SPECIALS) + len(VISIBLE_SPECIALS) + 256
 PROBES = (
-    "", " ", "  two  spaces ", "line\nbreak\n\n\tand tab\r\n", "0123456789 10 007 3.14", "你好，世界。数字七", "naïve café Ωμέγα",
-    "🙂👍🏽 👩‍👩‍👧", "a<|user|>b <|image|><|image|> [gMASK]<sop>", "<think> x </think><answer>7</answer>",
-    "<|begin_of_box|>[[1,22,333,999]]<|end_of_box|>", "<unk> <0x0A> <|unknown|> <unused_0>", "\x00\x7f\ufeff\u200b", "oooooo 000000",
+    "", " ", "  two  spaces ", "line\nbreak\n\n\tand tab\r\n", "0123456789 10 007 3.14", "你好，世界。数字七", "naïve café",
+    "Ωμέγα 🙂👍🏽 👩‍👩‍👧", "a<|user|>b <|image|><|image|> [gMASK]<sop>", "<think> x </think><answer>7</answer>",
+    "<|begin_of_box|>[[1,22,333,999]]<|end_of_box|>", "<unk> <0x0A> <|unknown|> <unused_0>", "\x00\x7f\ufeff\u200b", "ooo 000",
 )  # fmt: skip
 """Texts on which both tokenizers are compared, besides the corpus."""
 NUM_COMPARED = 2000
@@ -87,7 +87,7 @@ def read_texts(paths: Iterable[Path]) -> Iterator[str]:
         SampleError: a line that is no sample.
     """
     for path in paths:
-        with open(path, encoding="utf-8") as lines:
+        with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 for message in parse_sample(line, f"{path.name}:{number}", path.parent).messages:
                     yield from (item.value for item in message.content if item.kind == "text" and item.value)
@@ -195,10 +195,11 @@ def write_folder(out: Path, model: bytes, fast: Tokenizer, min_pixels: int, max_
     video_size = {"shortest_edge": min_pixels, "longest_edge": max(max_pixels, VIDEO_MAX_PIXELS)}
     configs = {
         "preprocessor_config.json": {"image_processor_type": "Glm4vImageProcessor", "size": size, **shared},
-        "video_preprocessor_config.json": {"video_processor_type": "Glm4vVideoProcessor", "size": video_size, "fps": 2, **shared},
+        "video_preprocessor_config.json": {"video_processor_type": "Glm4vVideoProcessor", "size": video_size, "fps": 2,
+                                           **shared},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Glm4vProcessor", "eos_token": END, "pad_token": END,
-            "padding_side": "left", "clean_up_tokenization_spaces": False, "model_max_length": 1 << 17,
+            "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Glm4vProcessor", "eos_token": END,
+            "pad_token": END, "padding_side": "left", "clean_up_tokenization_spaces": False, "model_max_length": 1 << 17,
             "model_input_names": ["input_ids", "attention_mask"],
             "additional_special_tokens": [special for special in SPECIALS if special != END],
         },
@@ -212,11 +213,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = HELP
     parser.add_argument("out", type=Path, metavar="OUT", help="processor folder to write")
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="JSONL", help="files of samples to learn from")
-    parser.add_argument("--vocab-size", type=int, default=384, help="pieces, exactly; the model's vocabulary (default %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=384, help="pieces, exactly: the model's vocabulary (default 384)")
     parser.add_argument("--min-pixels", type=int, default=IMAGE_LIMITS[0],
-                        help="smallest picture after resizing, pixels x 2 frames (default %(default)s, GLM-4.1V's)")  # fmt: skip
+                        help="smallest picture after resizing, pixels x 2 frames (default %(default)s)")  # fmt: skip
     parser.add_argument("--max-pixels", type=int, default=IMAGE_LIMITS[1],
-                        help="largest picture after resizing, pixels x 2 frames (default %(default)s, GLM-4.1V's)")  # fmt: skip
+                        help="largest picture after resizing, pixels x 2 frames (default %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

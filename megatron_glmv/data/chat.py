@@ -5,8 +5,8 @@ stops on those. So that a model learns to stop, the token after an assistant's t
 template has no generation markers, so the turns are found from the role tokens; a text that contains such a marker literally is
 refused, because it would be taken for structure.
 
-Source: spec of GLM-4.1V's template and processor: transformers 5.23.0, models/glm4v/processing_glm4v.py (placeholder expansion)
-and image_processing_glm4v.py (limits in `size`); stop tokens from the released generation_config.json.
+Source: transformers 5.23.0, models/glm4v/processing_glm4v.py (placeholder expansion) and
+image_processing_glm4v.py (limits in `size`); stop tokens from the released generation_config.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def read_image_settings(folder: Path) -> ImageSettings:
         path = folder / "processor_config.json"
         tree = (_read_json(path) or {}).get("image_processor")
     if tree is None:
-        raise ProcessorError(f"{folder}: no preprocessor_config.json; name a folder of `glmv-data train-tokenizer` or of the model")
+        raise ProcessorError(f"{folder}: no preprocessor_config.json; name the model's folder or one of `train-tokenizer`")
     size = tree.get("size") or {}
     if not {"shortest_edge", "longest_edge"} <= set(size):
         raise ProcessorError(f"{path}: no size with shortest_edge and longest_edge, the limits in pixels x 2 frames")
@@ -91,7 +92,7 @@ class Chat:
         """
         self.folder = folder
         if not folder.is_dir():
-            raise ProcessorError(f"{folder}: no such folder; name a folder of `glmv-data train-tokenizer` or of the model")
+            raise ProcessorError(f"{folder}: no such folder; name the model's folder or one of `train-tokenizer`")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError) as error:
@@ -167,7 +168,7 @@ class Chat:
         """1 on the assistant's turns and on the tokens that end them; `tokens` ends with end of text."""
         weights = np.zeros(len(tokens), dtype=np.float32)
         edges = [*np.flatnonzero(np.isin(tokens, self._roles)), len(tokens) - 1]
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             if tokens[start] == self._assistant:
                 weights[start + 2 : end] = 1.0
                 if end == edges[-1] or tokens[end] in self._stops:
