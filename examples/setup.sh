@@ -19,13 +19,15 @@ glmv_find_python() {
 
 glmv_install() {
     local venv="$GLMV_ROOT/.venv" constraints="$GLMV_ROOT/constraints.txt" python
-    python="$(glmv_find_python)" || return 1
     pin() { grep "^$1==" "$constraints"; }
+    if ! "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; then
+        python="$(glmv_find_python)" || return 1
+        "$python" -m venv --clear "$venv" || {
+            echo "setup: '$python -m venv' failed; on Debian and Ubuntu install python3.11-venv" >&2
+            return 1
+        }
+    fi
     echo "setup: installing the pinned packages into .venv (once; some minutes)"
-    "$python" -m venv "$venv" || {
-        echo "setup: '$python -m venv' failed; on Debian and Ubuntu install python3.11-venv" >&2
-        return 1
-    }
     # torch first and by its exact version: left open, pip may choose one that brings gigabytes of CUDA libraries.
     "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" "$(pin torch)" || return 1
     "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" -e "$GLMV_ROOT[dev]" || return 1
