@@ -50,10 +50,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         timeout_s: ranks that are alive after this many seconds are killed.
 
     Raises:
-        AssertionError: a rank raised, died or ran out of time; the message holds the end of every failed rank's output.
+        AssertionError: a rank raised, died or ran out of time; the message holds the end of every failed rank's output,
+            the first to fail first.
     """
     outcomes = watch_ranks(function, world_size, *args, timeout_s=timeout_s, stop_on_failure=True)
-    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    # The first to end is the cause; the others usually lost it as a peer.
+    failed = sorted((outcome for outcome in outcomes if outcome.exit_code), key=lambda outcome: outcome.seconds)
     if failed:
         parts = [f"--- rank {o.rank} of {world_size} ended with {o.exit_code}\n{o.output[-TAIL_CHARS:]}" for o in failed]
         raise AssertionError(f"{function.__qualname__} failed within {timeout_s:g} s:\n" + "\n".join(parts))

@@ -76,6 +76,7 @@ class Watchdog:
         self._own = Heartbeat(rank, 0, "start", 0, time.time(), socket.gethostname(), os.getpid())
         self._moved = time.monotonic()
         self._stopped = threading.Event()
+        self._lock = threading.Lock()
         (self._folder / "hang.txt").unlink(missing_ok=True)
         for old in self._folder.glob(f"rank_{rank:04d}.*"):
             old.unlink(missing_ok=True)
@@ -87,19 +88,21 @@ class Watchdog:
     def start(self) -> None:
         """Begin to watch."""
         self._moved = time.monotonic()
+        self._arm()
         self._thread.start()
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that the main thread has come to a phase of a step; all ranks must make the same calls. Costs no I/O."""
-        self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1)
+        """Say that the main thread has come to a phase of a step; all ranks must make the same calls. Costs microseconds."""
         self._moved = time.monotonic()
+        with self._lock:
+            self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1)
+        self._publish()
 
     def stop(self) -> None:
         """Stop watching, at the end of a run."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
-        self._own = replace(self._own, failure="finished")
-        self._publish()
+        self._end("finished")
 
     def describe_failure(self, error: BaseException) -> str:
         """One line for an exception that ends this rank; waits a moment to see whether a peer has died.
@@ -146,14 +149,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval_s):
-            # Fires only if this thread cannot come back to postpone it.
-            faulthandler.dump_traceback_later(self._timeout_s + 2 * self._interval_s, exit=True, file=self._stacks)
-            self._publish()
+            self._arm()
+            self._publish(durable=True)
             if time.monotonic() - self._moved > self._timeout_s:
                 self._give_up()
 
+    def _arm(self) -> None:
+        """Let faulthandler end the process, stacks first, unless this thread comes back in time to postpone it."""
+        faulthandler.dump_traceback_later(self._timeout_s + 2 * self._interval_s, exit=True, file=self._stacks)
+
     def _give_up(self) -> None:
-        self._publish()
         report = f"no progress for {self._timeout_s:g} s: {self._who_is_behind(self.read())}"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
@@ -188,15 +193,18 @@ class Watchdog:
 
     def _end(self, failure: str) -> None:
         """Say why this rank ends; only the first reason stays."""
-        if not self._own.failure:
-            self._own = replace(self._own, failure=failure)
-        self._publish()
+        with self._lock:
+            self._own = replace(self._own, failure=self._own.failure or failure[:400])
+        self._publish(durable=True)
 
-    def _publish(self) -> None:
-        self._own = replace(self._own, heard=time.time())
-        text = json.dumps(asdict(replace(self._own, failure=self._own.failure[:400])))
+    def _publish(self, durable: bool = False) -> None:
+        """Write this rank's file; `durable` waits for the disk, so that other machines see it."""
         try:
-            os.pwrite(self._file, text.encode().ljust(_RECORD_BYTES), 0)
+            with self._lock:
+                text = json.dumps(asdict(replace(self._own, heard=time.time())))
+                os.pwrite(self._file, text.encode().ljust(_RECORD_BYTES), 0)
+            if durable:
+                os.fsync(self._file)
         except OSError:
             return  # a disk that refuses must not end a run that goes well
 

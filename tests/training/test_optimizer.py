@@ -131,7 +131,7 @@ def scenario(config: TrainConfig) -> dict[str, Any]:
     state = snapshot(wrapper, optimizer)
     last = dist.get_rank() == dist.get_world_size() - 1
     trainable = [p for p in wrapper.parameters() if p.requires_grad]
-    backward(wrapper, scale=float("nan") if last and trainable or not last and "text" in config.model.freeze else 1.0)
+    backward(wrapper, scale=float("nan") if (last and trainable) or (not last and "text" in config.model.freeze) else 1.0)
     report["everywhere"] = step_optimizer(optimizer)
     report["everywhere_unchanged"] = same(state, snapshot(wrapper, optimizer))
 

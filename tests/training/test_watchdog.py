@@ -1,0 +1,137 @@
+"""Hangs, deaths and failures of one of several real ranks: the others end in time and say who and where."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import datetime as dt
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_glmv.training.watchdog import EXIT_CODE, Watchdog, collective_timeout_s
+from tests.ranks import Outcome, watch_ranks
+
+TIMEOUT_S, CULPRIT, FATAL_STEP = 5.0, 1, 3
+
+
+def run(rank: int, folder: str, fault: str) -> None:
+    """A loop of collectives in which one rank meets a fault; what the main program does about it is shown here too."""
+    timeout = dt.timedelta(seconds=collective_timeout_s(TIMEOUT_S))
+    dist.init_process_group("gloo", timeout=timeout)
+    watchdog = Watchdog(Path(folder), rank, dist.get_world_size(), TIMEOUT_S)
+    dist.barrier()
+    watchdog.start()
+    try:
+        for step in range(1, 6):
+            watchdog.beat(step, "rows")
+            if step == FATAL_STEP and rank == CULPRIT:
+                meet(fault)
+            watchdog.beat(step, "update")
+            dist.all_reduce(torch.ones(1))
+    except Exception as error:  # noqa: BLE001
+        print("REPORT", watchdog.describe_failure(error), flush=True)
+        os._exit(3)
+    watchdog.stop()
+
+
+def meet(fault: str) -> None:
+    if fault == "sleeps":
+        time.sleep(600)
+    elif fault == "holds the interpreter":
+        ctypes.PyDLL(None).sleep(600)  # a PyDLL call does not release the interpreter lock
+    elif fault == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault == "raises":
+        raise ValueError("row 7 is longer than 64 tokens")
+
+
+FAULTS = {"sleeps": 3, "holds the interpreter": 2, "killed": 3, "frozen": 2, "raises": 2, "none": 2}
+"""Ranks of each run."""
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Outcome]]]:
+    """Every fault in a run of its own, three at a time: they mostly wait."""
+    folders = {fault: tmp_path_factory.mktemp(fault.replace(" ", "_")) for fault in FAULTS}
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        runs = {
+            # A frozen rank does not end by itself; the launcher kills it when the others have.
+            fault: pool.submit(
+                watch_ranks, run, ranks, str(folders[fault]), fault, timeout_s=150.0, stop_on_failure=fault == "frozen"
+            )
+            for fault, ranks in FAULTS.items()
+        }
+        return {fault: (folders[fault], future.result()) for fault, future in runs.items()}
+
+
+def text(outcomes: list[Outcome]) -> str:
+    return "\n".join(outcome.output for outcome in outcomes)
+
+
+@pytest.mark.parametrize("fault", ["sleeps", "holds the interpreter", "frozen"])
+def test_a_hang_is_reported_once_and_ends_the_others(endings: dict[str, tuple[Path, list[Outcome]]], fault: str) -> None:
+    folder, outcomes = endings[fault]
+    others = [outcome for outcome in outcomes if outcome.rank != CULPRIT]
+    assert all(outcome.exit_code in (EXIT_CODE, 3) for outcome in others), text(outcomes)
+    if fault != "frozen":  # a stopped process is left to the launcher
+        assert outcomes[CULPRIT].exit_code in (1, EXIT_CODE)
+    expected = "no progress for 5 s: rank 1 is at step 3 (rows) while the others are at step 3 (update)"
+    lines = [line for line in text(outcomes).splitlines() if line.startswith("no progress")]
+    assert len(lines) == 1, text(outcomes)
+    assert lines[0].startswith(expected)
+    assert (folder / "ranks" / "hang.txt").read_text().startswith(expected)
+
+
+@pytest.mark.parametrize("fault", ["sleeps", "holds the interpreter"])
+def test_stacks_show_where_the_culprit_was(endings: dict[str, tuple[Path, list[Outcome]]], fault: str) -> None:
+    stacks = (endings[fault][0] / "ranks" / f"rank_{CULPRIT:04d}.stacks.txt").read_text()
+    assert re.search(r"test_watchdog\.py.* in meet", stacks), stacks
+
+
+def test_a_frozen_rank_is_known_by_its_silence(endings: dict[str, tuple[Path, list[Outcome]]]) -> None:
+    assert re.search(r"rank 1 was last heard of \d+\.\d s ago", text(endings["frozen"][1]))
+
+
+def test_a_killed_rank_is_named_at_once(endings: dict[str, tuple[Path, list[Outcome]]]) -> None:
+    _, outcomes = endings["killed"]
+    assert outcomes[CULPRIT].exit_code == -signal.SIGKILL
+    for outcome in outcomes:
+        if outcome.rank != CULPRIT:
+            assert outcome.exit_code == 3, outcome.output
+            said = rf"REPORT rank {outcome.rank} lost contact at step 3 \(update\); last heard of rank 1: step 3 \(rows\), "
+            assert re.search(said, outcome.output), outcome.output
+
+
+def test_a_failure_is_passed_on_to_the_peers(endings: dict[str, tuple[Path, list[Outcome]]]) -> None:
+    _, outcomes = endings["raises"]
+    own = "failed at step 3 (rows): ValueError: row 7 is longer than 64 tokens"
+    assert f"REPORT rank 1 {own}" in outcomes[CULPRIT].output
+    for outcome in outcomes:
+        if outcome.rank != CULPRIT:
+            assert f"REPORT rank {outcome.rank} ended at step 3 (update) because rank 1 {own}" in outcome.output
+
+
+def test_a_run_without_faults_ends_silently(endings: dict[str, tuple[Path, list[Outcome]]]) -> None:
+    folder, outcomes = endings["none"]
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0], text(outcomes)
+    assert "progress" not in text(outcomes)
+    assert not (folder / "ranks" / "hang.txt").exists()
+
+
+def test_a_rank_that_never_started_is_named(tmp_path: Path) -> None:
+    watchdog = Watchdog(tmp_path, 0, 3, 10.0, sys.stderr)
+    Watchdog(tmp_path, 2, 3, 10.0, sys.stderr)
+    watchdog.beat(1, "rows")
+    assert watchdog._who_is_behind(watchdog.read()) == (
+        "rank 2 is at step 0 (start) while the others are at step 1 (rows); rank 1 never started"
+    )
