@@ -23,7 +23,6 @@ def run(checkpoint: Path, folder: Path, processor: Path) -> int:
 
     Raises:
         MappingError: one line that names the file, folder or tensor at fault.
-        OSError: the disk is full or refuses.
     """
     started = time.monotonic()
     source = newest_checkpoint(checkpoint)

@@ -128,8 +128,7 @@ def export_checkpoint(
 
     Raises:
         MappingError: `hf_folder` exists, the processor folder lacks a file, or the checkpoint cannot be read, or its tensors
-            are not those of its architecture.
-        OSError: the disk is full or refuses.
+            are not those of its architecture, or the disk is full or refuses.
     """
     if hf_folder.exists():
         raise MappingError(f"{hf_folder}: exists already; remove it or choose another folder")
@@ -152,8 +151,10 @@ def export_checkpoint(
         for file in processor_files:
             shutil.copyfile(file, partial / file.name)
         partial.rename(hf_folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise MappingError(f"{hf_folder}: cannot be written ({error.strerror}); nothing of it was left") from error
         raise
     num_parameters = sum(math.prod(size) for size in hf_names(shape).values())
     return ExportReport(hf_folder, len(dtypes), num_parameters, dtype)
