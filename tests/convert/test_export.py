@@ -73,7 +73,7 @@ def _save(rank, folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    run_ranks(_save, 4, folder)
+    run_ranks(_save, 4, folder, timeout_s=300)
     return folder
 
 

@@ -70,7 +70,7 @@ def _import_and_export_on_four_ranks(rank, folder):
 def four_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
     save_file(oracle.random_model("digits", seed=3).state_dict(), folder / "model.safetensors")
-    return run_ranks(_import_and_export_on_four_ranks, 4, folder)
+    return run_ranks(_import_and_export_on_four_ranks, 4, folder, timeout_s=300)
 
 
 def test_round_trip_is_bit_equal_in_a_layout_of_four_ranks(four_ranks):
@@ -162,7 +162,7 @@ def one_rank(tmp_path_factory):
 
 
 def test_imported_model_computes_what_transformers_computes(one_rank):
-    """3e-4 at a logit standard deviation of 1.4 is this project's parity gate; measured 3e-5."""
+    """3e-4 at a logit standard deviation of 1.4 is this project's parity gate; measured 5.1e-5."""
     assert one_rank["right"] < 3e-4
     assert one_rank["folder"] < 3e-4
 
