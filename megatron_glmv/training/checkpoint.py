@@ -95,6 +95,7 @@ class Checkpointer:
         folder = files.folder_of(self._config.run_folder, state.step)
         if files.latest(self._config.run_folder) == folder:
             return  # the one this run resumed from, or saved just now
+        self._create_moments()
         self._align_optimizer_steps()
         tree = self._state_dict(is_loading=False)
         tree["random"] = self._random_shard(read_generators())
@@ -225,6 +226,12 @@ class Checkpointer:
     def _random_shard(self, state: Any) -> ShardedObject:
         """This rank's random states as an element of a list over all ranks."""
         return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+    def _create_moments(self) -> None:
+        """Give every parameter its moments, which a run has only after its first update that was not skipped."""
+        for inner in self._optimizer.chained_optimizers:
+            if not inner.is_stub_optimizer:
+                inner.init_state_fn(inner.optimizer, inner.config)
 
     def _align_optimizer_steps(self) -> None:
         """Give every group the optimizer's step count: fused optimizers do not count in groups that are empty on a rank."""

@@ -1,0 +1,283 @@
+"""Checkpoints of a real run on 4 ranks: exact in the same layout, equal in another, whole or absent, refused with one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import resource
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_glmv.training.checkpoint_files import CheckpointError, complete_folders, latest
+from megatron_glmv.training.state import TrainState
+from tests.ranks import run_ranks, watch_ranks
+
+SAVED = {"tensor": 2, "pipeline": 2}
+OTHERS = {
+    "pipeline 2 x virtual 2 x data 2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tensor 2 x data 2": {"tensor": 2},
+    "data 4": {},
+}
+KINDS = ((True, "fp32"), (True, "bf16"), (False, "bf16"))
+"""Distributed optimizer, precision."""
+STATE = TrainState(step=2, consumed_rows=8, consumed_tokens=96, skipped_steps=1, bad_samples=3)
+
+
+def report_of(rank: int, folder: str) -> dict[str, Any]:
+    """Every scenario in one spawn; what it found is checked outside."""
+    from megatron_glmv.parallel import platform
+
+    platform.activate()
+    root = Path(folder)
+    report: dict[str, Any] = {"layouts": {kind: layouts(root / "-".join(map(str, kind)), *kind) for kind in KINDS}}
+    for scenario in (dropout, asynchronous, weights_only, refusals, full_disk):
+        report[scenario.__name__] = scenario(root / scenario.__name__)
+    return report
+
+
+def opened(run_folder: Path, layout: dict[str, int], **changes: Any) -> tuple[Any, Any]:
+    from megatron_glmv.training.checkpoint import Checkpointer
+    from tests.training.stock_gpt import Trainer, make_config
+
+    build = {name: changes.pop(name) for name in ("seed", "dropout") if name in changes}
+    trainer = Trainer.build(make_config(run_folder, layout, **changes), **build)
+    return trainer, Checkpointer(trainer.config, trainer.chunks, trainer.optimizer)
+
+
+def layouts(run_folder: Path, distributed: bool, dtype: str) -> dict[str, Any]:
+    """Save after two steps at TP2 x PP2; go on, and go on again from the checkpoint in every layout."""
+    kind = {"distributed_optimizer": distributed, "dtype": dtype}
+    trainer, checkpointer = opened(run_folder, SAVED, **kind)
+    report: dict[str, Any] = {"empty": checkpointer.load_latest()}
+    for step in range(2):
+        trainer.step(step)
+    checkpointer.save(STATE)
+    weights = trainer.weights()
+    report["unbroken"] = [trainer.step(step)[0] for step in range(2, 5)]
+
+    trainer, checkpointer = opened(run_folder, SAVED, seed=99, **kind)
+    report["state"] = checkpointer.load_latest()
+    report["same weights"] = all(torch.equal(a, b) for a, b in zip(weights, trainer.weights(), strict=True))
+    report["same"] = [trainer.step(step)[0] for step in range(2, 5)]
+    for name, layout in OTHERS.items():
+        trainer, checkpointer = opened(run_folder, layout, seed=99, **kind)
+        checkpointer.load_latest()
+        report[name] = [trainer.step(step)[0] for step in range(2, 5)]
+    return report
+
+
+def dropout(run_folder: Path) -> dict[str, Any]:
+    """A run with dropout: every generator must continue where it was."""
+    trainer, checkpointer = opened(run_folder, SAVED, dropout=0.5)
+    trainer.step(0)
+    draw_numbers()
+    checkpointer.save(TrainState(step=1))
+    unbroken = [trainer.step(step)[0] for step in (1, 2)], draw_numbers()
+    trainer, checkpointer = opened(run_folder, SAVED, dropout=0.5, seed=77)
+    checkpointer.load_latest()
+    resumed = [trainer.step(step)[0] for step in (1, 2)], draw_numbers()
+    return {"unbroken": unbroken, "resumed": resumed}
+
+
+def draw_numbers() -> tuple[float, ...]:
+    """One number from each generator that is not Megatron's."""
+    return torch.rand(1).item(), random.random(), np.random.rand()
+
+
+def asynchronous(run_folder: Path) -> dict[str, Any]:
+    """A background save holds the state of its moment, counts only when polled, and retires older ones."""
+    trainer, checkpointer = opened(run_folder, SAVED, asynchronous=True, keep=1)
+    report: dict[str, Any] = {}
+    trainer.step(0)
+    checkpointer.save(TrainState(step=1))
+    weights = trainer.weights()
+    report["not yet"] = latest(run_folder)
+    losses = [trainer.step(step)[0] for step in (1, 2)]
+    while not checkpointer.poll():
+        pass
+    report["polled"] = list(complete_folders(run_folder))
+    trainer, checkpointer = opened(run_folder, SAVED, asynchronous=True, keep=1, seed=99)
+    checkpointer.load_latest()
+    report["same weights"] = all(torch.equal(a, b) for a, b in zip(weights, trainer.weights(), strict=True))
+    report["same losses"] = losses == [trainer.step(step)[0] for step in (1, 2)]
+    checkpointer.save(TrainState(step=3))
+    trainer.step(3)
+    checkpointer.save(TrainState(step=4))  # completes the one before
+    report["second"] = list(complete_folders(run_folder))
+    checkpointer.close()
+    report["closed"] = list(complete_folders(run_folder))
+    return report
+
+
+def weights_only(run_folder: Path) -> dict[str, Any]:
+    """Another run, in another layout, precision and kind of optimizer, starts from the weights."""
+    trainer, checkpointer = opened(run_folder, SAVED)
+    trainer.step(0)
+    checkpointer.save(TrainState(step=1))
+    expected = trainer.step(1)[0]
+    report: dict[str, Any] = {"expected": expected}
+    for dtype, distributed in (("fp32", False), ("bf16", True), ("bf16", False)):
+        trainer, checkpointer = opened(
+            run_folder / "next", {"tensor": 2}, seed=99, dtype=dtype, distributed_optimizer=distributed
+        )
+        checkpointer.load_weights_only(run_folder)
+        report[dtype, distributed] = trainer.step(1)[0]
+        # The second step sees the optimizer's own copies of the weights.
+        report[dtype, distributed, "next"] = trainer.step(2)[0]
+    return report
+
+
+def message(action: Callable[[], object]) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def refusals(run_folder: Path) -> dict[str, str]:
+    _, checkpointer = opened(run_folder, SAVED)
+    checkpointer.save(TrainState(step=1))
+    report = {
+        "architecture": message(opened(run_folder, SAVED, preset="glm-4.1v-9b")[1].load_latest),
+        "precision": message(opened(run_folder, SAVED, dtype="bf16")[1].load_latest),
+        "no resume": message(lambda: opened(run_folder, SAVED, resume=False)),
+        "start from": message(lambda: opened(run_folder, SAVED)[1].load_weights_only(run_folder / "missing")),
+    }
+    _, checkpointer = opened(run_folder, SAVED)
+    shard = min(complete_folders(run_folder)[1].glob("*.distcp"))
+    if torch.distributed.get_rank() == 0:
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    torch.distributed.barrier()
+    report["truncated"] = message(checkpointer.load_latest)
+    return report
+
+
+def full_disk(run_folder: Path) -> dict[str, Any]:
+    """One rank's writes fail half-way, as on a disk that fills up."""
+    trainer, checkpointer = opened(run_folder, SAVED)
+    checkpointer.save(TrainState(step=1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    said = message(lambda: checkpointer.save(TrainState(step=2)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    left = list(complete_folders(run_folder))
+    checkpointer.save(TrainState(step=2))
+    return {"said": said, "left": left, "afterwards": list(complete_folders(run_folder)), "loss": trainer.step(2)[0]}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(report_of, 4, str(tmp_path_factory.mktemp("runs")), timeout_s=400)
+
+
+@pytest.mark.parametrize(("distributed", "dtype"), KINDS)
+def test_the_same_layout_continues_bit_for_bit(reports: list[dict[str, Any]], distributed: bool, dtype: str) -> None:
+    for rank in reports:
+        found = rank["layouts"][distributed, dtype]
+        assert found["empty"] is None
+        assert found["state"] == STATE
+        assert found["same weights"]
+        assert found["same"] == found["unbroken"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(("distributed", "dtype"), KINDS)
+def test_another_layout_continues_with_the_same_losses(
+    reports: list[dict[str, Any]], distributed: bool, dtype: str, name: str
+) -> None:
+    """fp32: only the order of sums differs. bf16: so does the rounding of every activation."""
+    found = reports[0]["layouts"][distributed, dtype]
+    tolerance = 1e-5 if dtype == "fp32" else 1e-2
+    assert found[name] == pytest.approx(found["unbroken"], abs=tolerance)
+
+
+def test_every_random_generator_continues(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        assert rank["dropout"]["resumed"] == rank["dropout"]["unbroken"]
+
+
+def test_a_background_save_holds_its_moment(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        found = rank["asynchronous"]
+        assert found["not yet"] is None
+        assert found["polled"] == [1]
+        assert found["same weights"] and found["same losses"]
+        assert found["second"] == [3], "the newer one is complete, so keep=1 retires the older one"
+        assert found["closed"] == [4]
+
+
+def test_weights_start_another_run(reports: list[dict[str, Any]]) -> None:
+    found = reports[0]["weights_only"]
+    assert found["fp32", False] == pytest.approx(found["expected"], abs=1e-5)
+    for distributed in (True, False):
+        assert found["bf16", distributed] == pytest.approx(found["expected"], abs=2e-2)
+        assert found["bf16", distributed, "next"] == pytest.approx(found["fp32", False, "next"], abs=2e-2)
+
+
+def test_unusable_checkpoints_get_one_line(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        said = rank["refusals"]
+        assert all(line and "\n" not in line for line in said.values()), said
+        assert "text.num_layers is" in said["architecture"] and "step_00000001" in said["architecture"]
+        assert "precision.dtype was fp32" in said["precision"]
+        assert "checkpoint.resume" in said["no resume"]
+        assert "missing: holds no complete checkpoint" in said["start from"]
+        assert "step_00000001: could not be read" in said["truncated"]
+
+
+def test_a_full_disk_loses_nothing(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        found = rank["full_disk"]
+        assert "step_00000002: could not be written" in found["said"]
+        assert "older checkpoints are untouched" in found["said"]
+        assert found["left"] == [1]
+        assert found["afterwards"] == [1, 2]
+    assert "File too large" in reports[0]["full_disk"]["said"], "the rank that gathers the results knows the reason"
+
+
+def save_until_killed(rank: int, folder: str, delay_s: float) -> None:
+    """Save after every step, in the background, until the process is killed at a moment that nothing here chooses."""
+    from megatron_glmv.parallel import platform
+
+    platform.activate()
+    trainer, checkpointer = opened(Path(folder), {}, asynchronous=True, keep=3)
+    state = checkpointer.load_latest() or TrainState()
+    threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    while True:
+        trainer.step(state.step)
+        state = dataclasses.replace(state, step=state.step + 1)
+        checkpointer.poll()
+        checkpointer.save(state)
+
+
+def resume(rank: int, folder: str) -> tuple[int, float, list[str]]:
+    from megatron_glmv.parallel import platform
+
+    platform.activate()
+    trainer, checkpointer = opened(Path(folder), {})
+    state = checkpointer.load_latest()
+    assert state is not None
+    names = [entry.name for entry in (Path(folder) / "checkpoints").iterdir()]
+    return state.step, trainer.step(state.step)[0], names
+
+
+def test_a_killed_save_leaves_no_half_checkpoint(tmp_path: Path) -> None:
+    steps = []
+    for delay_s in (1.1, 0.7):
+        assert watch_ranks(save_until_killed, 1, str(tmp_path), delay_s)[0].exit_code == -signal.SIGKILL
+        steps.append(max(complete_folders(tmp_path)))
+    assert 0 < steps[0] < steps[1]
+    step, loss, names = run_ranks(resume, 1, str(tmp_path))[0]
+    assert step == steps[1] and 3 < loss < 5
+    assert not [name for name in names if name.endswith((".partial", ".removing"))]
