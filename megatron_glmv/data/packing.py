@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-SHORT_SHARE = 16
-"""Samples of at most 1/16 of a row (of either budget) are short."""
+SHORT_SHARE = 8
+"""Samples of at most 1/8 of a row (of either budget) are short."""
 LEVELS = 24
 """Classes that rows are kept in by the patches left in them, finer where few are left."""
 
