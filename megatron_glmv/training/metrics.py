@@ -188,7 +188,7 @@ def describe(record: Mapping[str, Any], total_steps: int) -> str:
     ]
     if "tflops_per_rank" in record:
         mfu = f" (MFU {record['mfu']:.1%})" if "mfu" in record else ""
-        parts.append(f"{format_count(record['tflops_per_rank'] * 1e12)}FLOP/s{mfu}")
+        parts.append(f"{format_count(record['tflops_per_rank'] * 1e12, 'FLOP/s')}{mfu}")
     parts.append(f"{record['step_s']:.2f} s/step")
     if record["loader_wait_s"] > 0.05 * record["step_s"]:
         parts.append(f"waits {record['loader_wait_s']:.2f} s for rows")

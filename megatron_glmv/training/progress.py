@@ -51,13 +51,13 @@ class ProgressLine:
             self._open = False
 
 
-def format_count(value: float) -> str:
-    """A count with three digits: 7, 12.3, 1.23k, 45.6M."""
+def format_count(value: float, unit: str = "") -> str:
+    """A count with three digits: 7, 12.3, 1.23k, 45.6M; with a unit that takes the prefix: 2.00 TFLOP/s."""
     size = abs(value)
-    for unit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit * 0.9995:
-            return _three_digits(value / unit) + suffix
-    return str(int(value)) if float(value).is_integer() else _three_digits(value)
+    for size_of, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= size_of * 0.9995:
+            return _three_digits(value / size_of) + (f" {suffix}{unit}" if unit else suffix)
+    return (str(int(value)) if float(value).is_integer() else _three_digits(value)) + (f" {unit}" if unit else "")
 
 
 def format_duration(seconds: float) -> str:
