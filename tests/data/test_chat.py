@@ -1,4 +1,4 @@
-"""Conversations to tokens: transformers' own rendering and grids, only the assistant's words and stops trained, markers refused."""
+"""Conversations to tokens: transformers' own rendering and grids, only answers and their stops trained, markers refused."""
 
 from __future__ import annotations
 
@@ -102,13 +102,14 @@ def test_a_marker_in_a_text_is_refused_by_name(chat: Chat, marker: str, turn: in
 
 
 def test_grids_that_do_not_match_the_images_are_refused(chat: Chat) -> None:
-    with pytest.raises(SampleError, match="'s-1'.*2 placeholders for 1 images"):
+    with pytest.raises(SampleError, match=r"'s-1'.*2 placeholders for 1 images"):
         chat.encode(make_sample(TWO_TURNS), [Grid(1, 2, 4)])
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "sample 'file:1': the line is not JSON"), ("[]", "not a JSON object"), ('{"id": "x"}', "sample 'x': no list of messages"),
+    [("{", "sample 'file:1': the line is not JSON"), ("[]", "not a JSON object"),
+     ('{"id": "x"}', "sample 'x': no list of messages"),
      ('{"messages": [{"role": "human", "content": ""}]}', "role is not one of system, user, assistant: 'human'"),
      ('{"messages": [{"role": "user", "content": "a"}]}', "the last message is not the assistant's"),
      ('{"messages": [{"role": "assistant", "content": 3}]}', "neither text nor a list"),
@@ -138,16 +139,16 @@ def test_a_folder_that_is_no_processor_is_refused(folder: Path, tmp_path: Path) 
         Chat(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes((folder / "chat_template.jinja").read_bytes())
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 3}}')
-    with pytest.raises(ProcessorError, match="preprocessor_config.json: no size with shortest_edge"):
+    with pytest.raises(ProcessorError, match=r"preprocessor_config\.json: no size with shortest_edge"):
         Chat(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ProcessorError, match="no preprocessor_config.json"):
+    with pytest.raises(ProcessorError, match=r"no preprocessor_config\.json"):
         Chat(tmp_path)
 
 
 def test_transformers_processor_gives_the_same_tokens_and_grids(folder: Path, torchvision_shim: ModuleType) -> None:
     """The whole way of a user's prompt, pictures included, against AutoProcessor on the same folder; and its saved form."""
-    from transformers import AutoProcessor  # noqa: PLC0415  (after the shim, see its docstring)
+    from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
     sizes = [(28, 224), (56, 112), (30, 45), (20, 333), (100, 100), (300, 171)]

@@ -47,7 +47,7 @@ def test_long_tailed_lengths_fill_99_percent(length: int, median: float, spread:
 
 @pytest.mark.parametrize("length", [8192, 32_768])
 def test_two_budgets_come_near_the_tighter_one(length: int) -> None:
-    """Text-only and picture-heavy samples mixed: the lower bound on rows is what the tighter budget needs; measured 1.013 of it."""
+    """Text-only and picture-heavy samples mixed; what the tighter budget needs is a lower bound, measured 1.013 of it."""
     lengths = long_tailed(40_000, length)
     share = np.random.default_rng(1).random(len(lengths))
     patches = np.where(share < 0.3, 0, np.minimum(4 * lengths * share, 2 * length)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Composed pictures: answers that follow from what is drawn, no held-out scan in training, the same bytes after any interruption."""
+"""Composed pictures: answers follow from what is drawn, no held-out scan in training, the same bytes after interruptions."""
 
 from __future__ import annotations
 
