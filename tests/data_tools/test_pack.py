@@ -1,4 +1,4 @@
-"""Packing on disk: rows that read back as the samples they came from, reports that add up, bad samples named, runs that continue."""
+"""Packing on disk: rows read back as the samples they came from, reports add up, bad samples are named, runs continue."""
 
 from __future__ import annotations
 

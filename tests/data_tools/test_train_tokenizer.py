@@ -84,7 +84,7 @@ def test_unused_pieces_fill_the_vocabulary_and_training_is_deterministic() -> No
 def test_a_difference_between_the_tokenizers_is_found() -> None:
     model = train_tokenizer.train_sentencepiece(TEXTS, 384)
     other = train_tokenizer.build_fast_tokenizer(train_tokenizer.train_sentencepiece(TEXTS, 320))
-    with pytest.raises(ValueError, match="different ids for 'Read the digits.'"):
+    with pytest.raises(ValueError, match=r"different ids for 'Read the digits\.'"):
         train_tokenizer.check_equal(model, other, TEXTS)
 
 
