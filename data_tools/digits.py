@@ -44,7 +44,7 @@ HELP = """\
 Writes OUT/images/{train,eval}/*.png, OUT/train.jsonl, OUT/eval.jsonl and OUT/digits.json.
 
 Tasks, mixed by --mixture:
-  read   1 to 8 digits in a row            "Read the digits."               -> 4 0 7 3
+  read   1 to 8 digits in a row            "Read the digits."               -> 4073
   count  digits on a grid                  "How many digits are there?"     -> 5
                                            "How often does 3 appear?"       -> 2
   add    two or three digits in a row      "What is the sum of the digits?" -> 14
@@ -164,7 +164,7 @@ def make_read(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[Pi
     """Digits of a row from left to right."""
     count = int(random.integers(1, plan.max_digits + 1))
     picture = in_a_row(scans, count, plan.max_digits, random)
-    return picture, "Read the digits.", " ".join(map(str, picture.digits)), {}
+    return picture, "Read the digits.", "".join(map(str, picture.digits)), {}
 
 
 def make_count(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[Picture, str, str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like", "full_like")
@@ -63,6 +64,9 @@ def activate() -> None:
         return
     if issubclass(torch.optim.AdamW, AdamW):
         return
+    # torch caches which functions `with torch.device(...)` reaches; the cache must hold the originals, or transformers'
+    # loading on the meta device leaves buffers uninitialised.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

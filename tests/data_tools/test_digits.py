@@ -39,7 +39,7 @@ def test_answers_follow_from_the_picture(samples: list[dict]) -> None:
         assert sample["messages"][1]["content"] == [{"type": "text", "text": answer}]
         tasks.add(sample["task"])
         if sample["task"] == "read":
-            assert answer == " ".join(map(str, drawn))
+            assert answer == "".join(map(str, drawn))
             assert 1 <= len(drawn) <= 8
         elif sample["task"] == "add":
             assert int(answer) == sum(drawn)
