@@ -47,6 +47,22 @@ def make_config(run_folder: Path, layout: dict[str, int], **changes: Any) -> Tra
     )
 
 
+_joined: list[tuple[int, int, int]] = []
+
+
+def join(config: TrainConfig, seed: int) -> None:
+    """Build the layout's groups, unless they are those of the call before, and seed the generators."""
+    own = config.parallel
+    layout = (own.tensor, own.pipeline, own.virtual_pipeline)
+    if _joined and _joined[-1] == layout:
+        groups.seed_generators(seed)
+        return
+    if _joined:
+        parallel_state.destroy_model_parallel()
+    groups.initialize(own, seed)
+    _joined.append(layout)
+
+
 @dataclasses.dataclass
 class Trainer:
     """Model, optimizer and a step; batches are a pure function of the step."""
@@ -57,9 +73,7 @@ class Trainer:
 
     @classmethod
     def build(cls, config: TrainConfig, seed: int = 11, dropout: float = 0.0) -> Trainer:
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        groups.initialize(config.parallel, seed)
+        join(config, seed)
         own, dtype = config.parallel, torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
         virtual = own.virtual_pipeline if own.virtual_pipeline > 1 else None
         megatron = TransformerConfig(

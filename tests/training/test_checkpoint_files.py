@@ -39,9 +39,11 @@ def test_only_complete_folders_count(tmp_path: Path) -> None:
     assert files.latest(tmp_path) is None
     first = save(tmp_path, 5)
     assert (first.name, files.latest(tmp_path)) == ("step_00000005", first)
-    files.open_partial(files.folder_of(tmp_path, 7), needed_bytes=0)
+    killed_before_the_rename = files.open_partial(files.folder_of(tmp_path, 7), needed_bytes=0)
+    (killed_before_the_rename / "meta.json").write_text("{}")
     (tmp_path / "checkpoints" / "step_00000008").mkdir()  # no manifest
     (tmp_path / "checkpoints" / "step_00000006.removing").mkdir()
+    (tmp_path / "checkpoints" / "step_00000006.removing" / "meta.json").write_text("{}")
     (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
     assert files.latest(tmp_path) == first
     assert {folder.name for folder in files.clean_leftovers(tmp_path)} == {"step_00000007.partial", "step_00000006.removing"}
