@@ -45,16 +45,19 @@ def test_long_tailed_lengths_fill_99_percent(length: int, median: float, spread:
     assert lengths.sum() / (len(rows) * length) >= 0.99
 
 
-@pytest.mark.parametrize("length", [8192, 32_768])
-def test_two_budgets_come_near_the_tighter_one(length: int) -> None:
-    """Text-only and picture-heavy samples mixed; what the tighter budget needs is a lower bound, measured 1.013 of it."""
+@pytest.mark.parametrize(("length", "bound"), [(8192, 1.036), (32_768, 1.0048)])
+def test_two_budgets_come_near_the_tighter_one(length: int, bound: float) -> None:
+    """Text-only and picture-heavy samples mixed; what the tighter budget, here patches, needs is a lower bound on the rows.
+
+    Measured 1.0322 and 1.0043 of it; 1.0403 and 1.0050 when rows are chosen by tokens alone.
+    """
     lengths = long_tailed(40_000, length)
     share = np.random.default_rng(1).random(len(lengths))
-    patches = np.where(share < 0.3, 0, np.minimum(4 * lengths * share, 2 * length)).astype(np.int64)
-    budget = int(2.2 * length)
+    patches = np.where(share < 0.3, 0, np.minimum(4 * lengths * share, 1.5 * length - 1)).astype(np.int64)
+    budget = int(1.5 * length)
     rows = pack_lengths(lengths, length, align=8, patches=patches, max_patches=budget)
     needed = max(lengths.sum() / length, patches.sum() / budget)
-    assert len(rows) <= 1.03 * needed
+    assert len(rows) <= bound * needed
 
 
 def test_a_hundred_thousand_samples_take_seconds() -> None:
