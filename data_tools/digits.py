@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class Plan:
     eval: int
     mixture: dict[str, float]
     max_digits: int
+    length_skew: float = 1.0
+    """Training rows of n digits are drawn with weight n ** -skew: short ones teach the digits first; eval rows are uniform."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,9 @@ def on_a_grid(scans: Scans, count: int, random: np.random.Generator) -> Picture:
 
 def make_read(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[Picture, str, str, dict[str, Any]]:
     """Digits of a row from left to right."""
-    count = int(random.integers(1, plan.max_digits + 1))
+    lengths = np.arange(1, plan.max_digits + 1)
+    weights = lengths ** -plan.length_skew
+    count = int(random.choice(lengths, p=weights / weights.sum()))
     picture = in_a_row(scans, count, plan.max_digits, random)
     return picture, "Read the digits.", "".join(map(str, picture.digits)), {}
 
@@ -212,6 +216,8 @@ def make_sample(scans: Scans, plan: Plan, split: str, number: int) -> tuple[dict
     """
     random = np.random.default_rng([plan.seed, SPLITS.index(split), number])
     shares = np.array([plan.mixture[task] for task in TASKS])
+    if split == "eval":
+        plan = replace(plan, length_skew=0.0)
     task = list(TASKS)[int(random.choice(len(TASKS), p=shares / shares.sum()))]
     picture, question, answer, extra = TASKS[task](scans, plan, random)
     height, width = picture.pixels.shape[:2]

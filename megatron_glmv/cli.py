@@ -159,7 +159,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError(_too_few(config, ranks, arguments.configuration))
     config.data_parallel(ranks)
     if world is None and ranks > 1:
-        return _start_ranks(ranks, arguments.configuration)
+        return _start_ranks(ranks, arguments.configuration, config.run_folder)
     return importlib.import_module("megatron_glmv.training.command").run(config)
 
 
@@ -172,9 +172,9 @@ def _too_few(config: TrainConfig, ranks: int, items: Sequence[str]) -> str:
     )
 
 
-def _start_ranks(ranks: int, items: Sequence[str]) -> int:
+def _start_ranks(ranks: int, items: Sequence[str], run_folder: Path) -> int:
     """Start ranks on this machine and end with the exit code of the first that failed."""
-    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, ["train", *items])
+    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, ["train", *items], run_folder)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -91,6 +91,10 @@ class ParallelConfig(Config):
             )
 
 
+FP8_MULTIPLE = 16
+"""Tokens of an FP8 product come in multiples of this (Transformer Engine 2.11, pytorch/utils.py, `assert_dim_for_fp8_exec`)."""
+
+
 class PrecisionConfig(Config):
     """Number formats."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from megatron_glmv.config.base import Config, ConfigError
 from megatron_glmv.config.data import DataConfig
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.config.parallel import FP8_MULTIPLE, ParallelConfig, PrecisionConfig, RecomputeConfig
 
 
 class OptimizerConfig(Config):
@@ -113,6 +114,8 @@ class TrainConfig(Config):
         self.parallel.check_model(shape)
         length, layout = self.data.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
+        if self.precision.fp8_text != "off":
+            unit = math.lcm(unit, FP8_MULTIPLE * layout.context)
         if length % unit:
             raise ConfigError(
                 f"data.sequence_length: {length} is not a multiple of {unit}, which context {layout.context} and tensor "

@@ -1,6 +1,11 @@
 """Random first weights that do not depend on the layout: each parameter is drawn whole, seeded by its name, then cut.
 
-Source: transformers 5.23.0, `PreTrainedModel._init_weights`: normal(0, initializer_range) matrices, zero biases, unit norms.
+As in transformers, matrices are normal(0, init_std), biases zero and norms one, but for two things that decide how soon a model
+from random weights learns to see. The ViT's position table is added to patches that were just normed, so it starts at their
+scale: at 0.02 the columns of a picture cannot be told apart. The norms that close the decoder's branches start at
+1 / sqrt(2 x layers), so that all branches together add about as much to the residual stream as one norm passes.
+
+Source: transformers 5.23.0, `PreTrainedModel._init_weights`; arXiv 2504.07866, section 2 (depth-scaled sandwich norm).
 """
 
 from __future__ import annotations
@@ -16,18 +21,25 @@ from torch import Tensor, nn
 from megatron_glmv.model.glm4v import Glm4vModel
 
 
+POST_NORMS = ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
+POSITION_TABLE = "vision_model.position_embedding.weight"
+
+
 @torch.no_grad()
 def initialize_weights(chunks: Sequence[Glm4vModel], seed: int, std: float) -> None:
-    """Fill every matrix of this rank's chunks with normal(0, std), norms with one and biases with zero."""
+    """Fill every parameter of this rank's chunks; `std` is that of the matrices."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
+            elif name.endswith(POST_NORMS):
+                parameter.fill_((2 * chunk.shape.text.num_layers) ** -0.5)
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 generator = torch.Generator().manual_seed(zlib.crc32(_global_name(chunk, name).encode()) + seed)
-                parameter.copy_(_draw_share(parameter, name, generator, std))
+                scale = 1.0 if name.endswith(POSITION_TABLE) else std
+                parameter.copy_(_draw_share(parameter, name, generator, scale))
 
 
 def _global_name(chunk: nn.Module, name: str) -> str:

@@ -63,6 +63,7 @@ def make_inputs(
     context: int = 1,
     context_rank: int = 0,
     with_vision: bool = True,
+    merged_multiple: int = 1,
 ) -> ModelInputs:
     """Cut one row for one rank.
 
@@ -73,6 +74,7 @@ def make_inputs(
         context: ranks that share the row's tokens.
         context_rank: this rank among them.
         with_vision: whether this rank runs the vision tower.
+        merged_multiple: a tensor rank's merged tokens are padded to a multiple of this; FP8 products need 16.
     """
     local = context_indices(row.document_lengths, context, context_rank)
     return ModelInputs(
@@ -81,11 +83,11 @@ def make_inputs(
         loss_weights=row.loss_weights[local].unsqueeze(0).to(device),
         positions=row.positions[:, local].to(device),
         segments=make_segments(row.document_lengths, device, context, context_rank),
-        vision=_vision_inputs(row, shape, device, tensor, local) if with_vision else None,
+        vision=_vision_inputs(row, shape, device, tensor * merged_multiple, local) if with_vision else None,
     )
 
 
-def _vision_inputs(row: PackedSequence, shape: ModelShape, device: torch.device, tensor: int, local: Tensor) -> VisionInputs:
+def _vision_inputs(row: PackedSequence, shape: ModelShape, device: torch.device, multiple: int, local: Tensor) -> VisionInputs:
     """Pad the row's pictures with one blank frame, and find which features this rank's tokens take.
 
     A row without pictures gets a blank frame alone: the tower then runs, and its parameters have (zero) gradients, on every
@@ -94,7 +96,7 @@ def _vision_inputs(row: PackedSequence, shape: ModelShape, device: torch.device,
     merge = shape.vision.spatial_merge_size
     frames = [(int(rows), int(columns)) for rows, columns in row.frames.tolist()]
     patches = row.patches if row.patches is not None else torch.empty(0, shape.vision.patch_dim, dtype=torch.uint8)
-    unit = merge**2 * tensor
+    unit = merge**2 * multiple
     blank = -len(patches) % unit or (0 if frames else unit)
     if blank:
         frames.append((merge, blank // merge))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
-def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
+def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path) -> int:
     """Run ``python -m megatron_glmv ARGUMENTS`` in `num_ranks` processes; when one fails, the others are ended.
+
+    Args:
+        num_ranks: processes.
+        arguments: after the program's name.
+        run_folder: of the run; a rank that is killed is looked up in its ranks/ for where it was.
 
     Returns:
         0 when all ranks succeeded, else the exit code of the first that failed.
@@ -32,6 +39,19 @@ def start_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_glmv", *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode  # the rank has said why
+        place = _last_place(run_folder, rank)
+        print(f"glmv: error: rank {rank} was killed by signal {-failure.exitcode} {place}", file=sys.stderr, flush=True)
+        return 1
     return 0
+
+
+def _last_place(run_folder: Path, rank: int) -> str:
+    """Where a rank was last heard of, from the file that its watchdog keeps."""
+    try:
+        beat = json.loads((run_folder / "ranks" / f"rank_{rank:04d}.json").read_bytes().rstrip(b"\0 \n"))
+    except (OSError, ValueError):
+        return "before its first step"
+    return f"at step {beat['step']} ({beat['phase']})"

@@ -14,6 +14,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_glmv.config.model import ModelShape, Part
+from megatron_glmv.config.parallel import FP8_MULTIPLE
+from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.parallel import groups, platform
@@ -103,7 +105,7 @@ def run_schedule(assembly: Assembly, rows: Sequence[PackedSequence], *, forward_
     num_chunks = len(assembly.chunks)
     iterators = [iter(rows) for _ in range(num_chunks)]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, assembly.shape),
+        forward_step_func=partial(_forward_step, assembly.config),
         data_iterator=iterators if num_chunks > 1 else iterators[0],
         model=assembly.chunks if num_chunks > 1 else assembly.chunks[0],
         num_microbatches=len(rows),
@@ -113,9 +115,9 @@ def run_schedule(assembly: Assembly, rows: Sequence[PackedSequence], *, forward_
     )
 
 
-def _forward_step(shape: ModelShape, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
+def _forward_step(config: TrainConfig, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
     """Megatron's forward step: run one chunk on the next row; returns its output and the function that makes it a loss."""
-    model = chunk.module
+    model, shape = chunk.module, config.model.shape
     row = next(iterator)
     if model.pre_process:
         row = replace(row, patches=_shared_patches(row, shape))
@@ -127,6 +129,7 @@ def _forward_step(shape: ModelShape, iterator: Iterator[PackedSequence], chunk: 
         context=parallel_state.get_context_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         with_vision=model.pre_process,
+        merged_multiple=FP8_MULTIPLE if config.precision.fp8_vision != "off" else 1,
     )
     return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
 
