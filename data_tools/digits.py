@@ -165,7 +165,7 @@ def on_a_grid(scans: Scans, count: int, random: np.random.Generator) -> Picture:
 def make_read(scans: Scans, plan: Plan, random: np.random.Generator) -> tuple[Picture, str, str, dict[str, Any]]:
     """Digits of a row from left to right."""
     lengths = np.arange(1, plan.max_digits + 1)
-    weights = lengths ** -plan.length_skew
+    weights = lengths**-plan.length_skew
     count = int(random.choice(lengths, p=weights / weights.sum()))
     picture = in_a_row(scans, count, plan.max_digits, random)
     return picture, "Read the digits.", "".join(map(str, picture.digits)), {}
