@@ -8,6 +8,7 @@ import random
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,17 +101,22 @@ def draw_numbers() -> tuple[float, ...]:
 
 def asynchronous(run_folder: Path) -> dict[str, Any]:
     """A background save holds the state of its moment, counts only when polled, and retires older ones."""
-    trainer, checkpointer = opened(run_folder, SAVED, asynchronous=True, keep=1)
+    # Without the distributed optimizer the tensors to write are the ones that the next step changes.
+    changes = {"asynchronous": True, "keep": 1, "distributed_optimizer": False}
+    trainer, checkpointer = opened(run_folder, SAVED, **changes)
     report: dict[str, Any] = {}
     trainer.step(0)
+    disk_answers = delay_writes()
     checkpointer.save(TrainState(step=1))
     weights = trainer.weights()
-    report["not yet"] = latest(run_folder)
     losses = [trainer.step(step)[0] for step in (1, 2)]
+    report["polled too early"] = checkpointer.poll()
+    report["not yet"] = latest(run_folder)
+    disk_answers.set()
     while not checkpointer.poll():
         pass
     report["polled"] = list(complete_folders(run_folder))
-    trainer, checkpointer = opened(run_folder, SAVED, asynchronous=True, keep=1, seed=99)
+    trainer, checkpointer = opened(run_folder, SAVED, seed=99, **changes)
     checkpointer.load_latest()
     report["same weights"] = all(torch.equal(a, b) for a, b in zip(weights, trainer.weights(), strict=True))
     report["same losses"] = losses == [trainer.step(step)[0] for step in (1, 2)]
@@ -121,6 +127,20 @@ def asynchronous(run_folder: Path) -> dict[str, Any]:
     checkpointer.close()
     report["closed"] = list(complete_folders(run_folder))
     return report
+
+
+def delay_writes() -> threading.Event:
+    """Make the disk so slow that no write begins before the event is set."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    write, answers = FileSystemWriterAsync.write_preloaded_data, threading.Event()
+
+    def wait_and_write(*args: Any, **named: Any) -> None:
+        answers.wait()
+        write(*args, **named)
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(wait_and_write)
+    return answers
 
 
 def weights_only(run_folder: Path) -> dict[str, Any]:
@@ -216,7 +236,7 @@ def test_every_random_generator_continues(reports: list[dict[str, Any]]) -> None
 def test_a_background_save_holds_its_moment(reports: list[dict[str, Any]]) -> None:
     for rank in reports:
         found = rank["asynchronous"]
-        assert found["not yet"] is None
+        assert found["not yet"] is None and not found["polled too early"]
         assert found["polled"] == [1]
         assert found["same weights"] and found["same losses"]
         assert found["second"] == [3], "the newer one is complete, so keep=1 retires the older one"
@@ -253,18 +273,25 @@ def test_a_full_disk_loses_nothing(reports: list[dict[str, Any]]) -> None:
 
 
 def save_until_killed(rank: int, folder: str, delay_s: float) -> None:
-    """Save after every step, in the background, until the process is killed at a moment that nothing here chooses."""
+    """Save after every step, in the background, until the process is killed at a moment that the loop does not choose."""
     from megatron_glmv.parallel import platform
 
     platform.activate()
     trainer, checkpointer = opened(Path(folder), {}, asynchronous=True, keep=3)
     state = checkpointer.load_latest() or TrainState()
-    threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    threading.Thread(target=kill_after_the_next_save, args=(Path(folder), state.step, delay_s)).start()
     while True:
         trainer.step(state.step)
         state = dataclasses.replace(state, step=state.step + 1)
         checkpointer.poll()
         checkpointer.save(state)
+
+
+def kill_after_the_next_save(run_folder: Path, step: int, delay_s: float) -> None:
+    while max(complete_folders(run_folder), default=0) <= step:
+        time.sleep(0.01)
+    time.sleep(delay_s)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def resume(rank: int, folder: str) -> tuple[int, float, list[str]]:
@@ -280,7 +307,7 @@ def resume(rank: int, folder: str) -> tuple[int, float, list[str]]:
 
 def test_a_killed_save_leaves_no_half_checkpoint(tmp_path: Path) -> None:
     steps = []
-    for delay_s in (1.1, 0.7):
+    for delay_s in (0.17, 0.06):
         assert watch_ranks(save_until_killed, 1, str(tmp_path), delay_s)[0].exit_code == -signal.SIGKILL
         steps.append(max(complete_folders(tmp_path)))
     assert 0 < steps[0] < steps[1]
