@@ -38,7 +38,7 @@ class CheckpointWrite:
         self._thread: threading.Thread | None = None
         if request.async_fn is None:
             return
-        transforms = request.async_fn.args[0]  # type: ignore[attr-defined]
+        transforms = request.async_fn.args[0]
         buckets: list[Bucket] = request.preload_fn()
         results = request.async_fn_args[2]
         if not background:

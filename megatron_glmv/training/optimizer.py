@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from torch import nn
 
 from megatron_glmv.config.model import Part
 from megatron_glmv.config.training import TrainConfig
@@ -50,14 +50,14 @@ def is_decayed(parameter: torch.Tensor, name: str) -> bool:
     return parameter.dim() > 1 and not name.endswith((".bias", "layer_norm_weight", "layernorm.weight"))
 
 
-def build_optimizer(model_chunks: Sequence[nn.Module], config: TrainConfig) -> MegatronOptimizer:
+def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: TrainConfig) -> MegatronOptimizer:
     """Build the optimizer of this rank's model chunks; every rank must call it.
 
     Groups are the same on every rank, with empty ones where a rank has no such parameter, so a stage whose parameters are all
     frozen takes part in every collective.
 
     Args:
-        model_chunks: Megatron's DistributedDataParallel wrappers, one per virtual pipeline chunk; frozen parameters have
+        model_chunks: the wrapped model, one per virtual pipeline chunk; frozen parameters have
             ``requires_grad`` off already.
         config: the whole configuration.
     """

@@ -55,7 +55,7 @@ def meet(fault: str) -> None:
         raise ValueError("row 7 is longer than 64 tokens")
 
 
-FAULTS = {"sleeps": 3, "holds the interpreter": 2, "killed": 3, "frozen": 2, "raises": 2, "none": 2}
+FAULTS = {"sleeps": 2, "holds the interpreter": 2, "killed": 3, "frozen": 2, "raises": 2, "none": 2}
 """Ranks of each run."""
 
 
