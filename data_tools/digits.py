@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,10 @@ JITTER = 2
 """Largest shift of a digit from the middle of its cell, in pixels."""
 INK_VISIBLE = 0.25
 """Ink above this share of the darkest belongs to the digit's box."""
+WARPS = ((0, 0.0), (-10, 0.0), (10, 0.0), (0, -0.2), (0, 0.2), (-6, 0.15), (6, -0.15))
+"""Degrees of turn and shear that training scans appear under; held-out scans appear only as they are, the first of these."""
+PRESSURE = (0.7, 1.4)
+"""Exponents of the ink of training scans: thicker and thinner pens."""
 GRID_COLUMNS = 4
 """Cells a row of the pictures with two rows."""
 NUM_HELD_OUT = 360
@@ -64,7 +69,7 @@ class Plan:
     eval: int
     mixture: dict[str, float]
     max_digits: int
-    length_skew: float = 1.0
+    length_skew: float = 0.7
     """Training rows of n digits are drawn with weight n ** -skew: short ones teach the digits first; eval rows are uniform."""
 
 
@@ -75,7 +80,7 @@ class Scans:
     Attributes:
         labels: [n] the digit of each scan.
         numbers: [n] position of each scan in scikit-learn's data set.
-        ink: for each side in SIZES, [n, side, side] float32, 0 paper to 1 ink.
+        ink: for each side in SIZES, [warps, n, side, side] float32, 0 paper to 1 ink; one warp, the scan as it is, if held out.
     """
 
     labels: npt.NDArray[np.int64]
@@ -109,11 +114,26 @@ def load_scans() -> dict[str, Scans]:
     for split, chosen in zip(SPLITS, (np.sort(train), np.sort(held_out)), strict=True):
         small = [Image.fromarray((scan * 255 / 16).astype(np.float32), mode="F") for scan in data.images[chosen]]
         ink = {}
+        warps = WARPS if split == "train" else WARPS[:1]
         for side in SIZES:
-            large = [np.asarray(scan.resize((side, side), Image.Resampling.BICUBIC)) for scan in small]
-            ink[side] = (np.clip(np.stack(large), 0, 255) / 255).astype(np.float32)
+            large = [scan.resize((side, side), Image.Resampling.BICUBIC) for scan in small]
+            warped = np.stack([[np.asarray(warp_scan(scan, *warp)) for scan in large] for warp in warps])
+            ink[side] = (np.clip(warped, 0, 255) / 255).astype(np.float32)
         splits[split] = Scans(data.target[chosen], chosen, ink)
     return splits
+
+
+def warp_scan(scan: Image.Image, degrees: float, shear: float) -> Image.Image:
+    """Turn and shear a square scan about its middle."""
+    if not degrees and not shear:
+        return scan
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    across = (cos, sin + shear * cos)
+    down = (-sin, cos - shear * sin)
+    middle = (scan.width - 1) / 2
+    shifts = [middle - middle * sum(row) for row in (across, down)]
+    matrix = (*across, shifts[0], *down, shifts[1])
+    return scan.transform(scan.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC)
 
 
 def compose(scans: Scans, chosen: npt.NDArray[np.int64], cells: list[tuple[int, int]], shape: tuple[int, int],
@@ -131,12 +151,15 @@ def compose(scans: Scans, chosen: npt.NDArray[np.int64], cells: list[tuple[int, 
     ink = np.zeros((height, width), dtype=np.float32)
     boxes = []
     sides = random.choice(SIZES, size=len(chosen))
+    variants = random.integers(len(scans.ink[SIZES[0]]), size=len(chosen))
+    pressure = random.uniform(*PRESSURE, size=len(chosen)) if len(scans.ink[SIZES[0]]) > 1 else np.ones(len(chosen))
     shifts = random.integers(-JITTER, JITTER + 1, size=(len(chosen), 2))
-    for index, (row, column), side, shift in zip(chosen, cells, sides, shifts, strict=True):
+    looks = zip(chosen, cells, sides, variants, pressure, shifts, strict=True)
+    for index, (row, column), side, variant, exponent, shift in looks:
         room = CELL - side
         top = row * CELL + int(np.clip(room // 2 + shift[0], 0, room))
         left = column * CELL + int(np.clip(room // 2 + shift[1], 0, room))
-        scan = scans.ink[int(side)][index]
+        scan = scans.ink[int(side)][variant, index] ** exponent
         ink[top : top + side, left : left + side] = scan
         ys, xs = np.nonzero(scan > INK_VISIBLE)
         boxes.append([left + int(xs.min()), top + int(ys.min()), left + int(xs.max()) + 1, top + int(ys.max()) + 1])

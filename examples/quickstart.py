@@ -25,8 +25,8 @@ RAW, PROCESSOR, ROWS = FOLDER / "data/raw", FOLDER / "data/processor", FOLDER / 
 TRAIN, HF, SUMMARY = FOLDER / "train", FOLDER / "hf", FOLDER / "summary.json"
 EVALUATION = FOLDER / "evaluation.json"
 
-NUM_TRAIN, NUM_EVAL = 24000, 400
-LENGTH, ALIGN = 512, 4
+NUM_TRAIN, NUM_EVAL = 20000, 400
+LENGTH, ALIGN = 1024, 4
 
 
 class Phases:
