@@ -26,7 +26,7 @@ TRAIN, HF, SUMMARY = FOLDER / "train", FOLDER / "hf", FOLDER / "summary.json"
 EVALUATION = FOLDER / "evaluation.json"
 
 NUM_TRAIN, NUM_EVAL = 20000, 400
-LENGTH, ALIGN = 1024, 4
+LENGTH, ALIGN = 1024, 2
 
 
 class Phases:

@@ -104,7 +104,7 @@ class RowStream:
             data_rank: this replica.
             data_size: replicas.
             decode: read and decode pictures; false on ranks that do not run the vision tower.
-            align: documents start at multiples of this many tokens, 2 x context for context parallelism.
+            align: what the layout needs documents to be multiples of, 2 x context; the data sets must have been packed so.
             first_step: the step that will be asked for first.
             shuffle: overrides data.shuffle; evaluation reads in order.
             fault_log: JSONL file that gets a line for every bad sample, once in the life of the stream.
@@ -139,7 +139,7 @@ class RowStream:
                 temporal=vision.temporal_patch_size,
                 merge=vision.spatial_merge_size,
             )
-        self._builder = _RowBuilder(sources, readers, order, data, shape, align, decoder, fault_log)
+        self._builder = _RowBuilder(sources, readers, order, data, shape, decoder, fault_log)
         self._replica = (data_rank, data_size)
         self._rows_per_step = global_batch_rows // data_size
         self._depth = data.prefetch_rows
@@ -243,13 +243,12 @@ class _RowBuilder:
         order: GlobalOrder,
         data: DataConfig,
         shape: ModelShape,
-        align: int,
         decoder: PictureDecoder | None,
         fault_log: Path | None,
     ) -> None:
         self._names = [source.name for source in sources]
         self._readers, self._order, self._decoder = readers, order, decoder
-        self._length, self._shape, self._align = data.sequence_length, shape, align
+        self._length, self._shape = data.sequence_length, shape
         self._max_bad_share, self._fault_log = data.max_bad_share, fault_log
         self._logged: set[tuple[str, str]] = set()
         self._num_samples = self._num_bad = 0
@@ -269,14 +268,15 @@ class _RowBuilder:
             self._decoder.close()
 
     def _build(self, step: int, draw: Draw) -> _BuiltRow:
-        stored = self._readers[draw.source].read(draw.row, media=self._decoder is not None)
+        reader = self._readers[draw.source]
+        stored = reader.read(draw.row, media=self._decoder is not None)
         patches, faults = self._decode(stored)
         row = pack(
             stored.documents,
             self._length,
             image_token=self._shape.tokens.image,
             pad_token=self._shape.tokens.pad,
-            align=self._align,
+            align=reader.index.align,  # of the data set, not of the layout: every layout gets the same row
             merge=self._shape.vision.spatial_merge_size,
             patches=patches,
             key=f"{self._names[draw.source]}/{stored.key}",

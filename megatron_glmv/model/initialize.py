@@ -3,7 +3,7 @@
 As in transformers, matrices are normal(0, init_std), biases zero and norms one, but for two things that decide how soon a model
 from random weights learns to see. The ViT's position table is added to patches that were just normed, so it starts at their
 scale: at 0.02 the columns of a picture cannot be told apart. The norms that close the decoder's branches start at
-1 / sqrt(2 x layers), so that all branches together add about as much to the residual stream as one norm passes.
+0.4 / sqrt(layers), so that all branches together do not drown the embeddings in the residual stream.
 
 Source: transformers 5.23.0, `PreTrainedModel._init_weights`; arXiv 2504.07866, section 2 (depth-scaled sandwich norm).
 """
@@ -22,6 +22,7 @@ from megatron_glmv.model.glm4v import Glm4vModel
 
 
 POST_NORMS = ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
+POST_NORM_SCALE = 0.4
 POSITION_TABLE = "vision_model.position_embedding.weight"
 
 
@@ -33,7 +34,7 @@ def initialize_weights(chunks: Sequence[Glm4vModel], seed: int, std: float) -> N
             if name.endswith("bias"):
                 parameter.zero_()
             elif name.endswith(POST_NORMS):
-                parameter.fill_((2 * chunk.shape.text.num_layers) ** -0.5)
+                parameter.fill_(POST_NORM_SCALE * chunk.shape.text.num_layers**-0.5)
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:

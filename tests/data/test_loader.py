@@ -291,6 +291,16 @@ def test_the_thread_raises_where_rows_are_asked_for(open_stream, tmp_path):
             stream.step(step)
 
 
+def test_every_layout_gets_the_same_rows(sources, open_stream):
+    """Documents start where the data set was packed to have them, whatever alignment the layout needs."""
+    narrow, wide = open_stream(sources, align=1).step(0).rows, open_stream(sources, align=4).step(0).rows
+    assert any(end - start < length for row in narrow for (_, start, end), length in zip(row.documents, row.document_lengths))
+    for first, second in zip(narrow, wide, strict=True):
+        assert first.document_lengths == second.document_lengths
+        assert torch.equal(first.tokens, second.tokens)
+        assert torch.equal(first.positions, second.positions)
+
+
 def test_sources_are_judged_before_any_row(sources, open_stream, tmp_path):
     with pytest.raises(ShardError, match=r"source 'reading' \(.*\): rows of 128 tokens do not fit data.sequence_length 96"):
         open_stream(sources, sequence_length=96)
