@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from megatron_glmv.model.glm4v import Glm4vModel
 
-
 POST_NORMS = ("post_self_attn_layernorm.weight", "post_mlp_layernorm.weight")
 POST_NORM_SCALE = 0.4
 POSITION_TABLE = "vision_model.position_embedding.weight"
