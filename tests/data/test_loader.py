@@ -286,7 +286,7 @@ def test_the_thread_raises_where_rows_are_asked_for(open_stream, tmp_path):
     for entry in ShardReader(folder).index.shards:
         (folder / entry.file).write_bytes(bytes(entry.size_bytes))
     assert first.rows[0].key == "set/row-00000000"
-    with pytest.raises(ShardError, match=r"shard-0000\d\.tar, row \d: not a packed row"):
+    with pytest.raises(ShardError, match=r"shard-0000\d\.tar, row \d: (not a packed row|only \d+ of)"):
         for step in range(1, 4):
             stream.step(step)
 
