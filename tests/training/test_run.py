@@ -18,10 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import Glm4vForConditionalGeneration
 
+from megatron_glmv import cli
+from megatron_glmv.config.base import load
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.model.inputs import make_inputs
+from megatron_glmv.parallel import groups
+from megatron_glmv.sequence.packed import pack
+from megatron_glmv.training.assemble import assemble, assemble_model
+from megatron_glmv.training.checkpoint import Checkpointer
 from tests.data.pictures import draw, encode
+from tests.data.processor import write_processor
 from tests.data.rows import LENGTH, default_pictures, measure, write_rows
+from tests.model import oracle
+from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_loss.json")
@@ -165,6 +178,34 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, data: Path) 
     assert process.returncode != 0
     assert "rank 1" in output
     assert "step" in output.splitlines()[-1]
+
+
+def compare_exported_logits(rank: int, file: str, run: str, folder: str) -> tuple[float, dict[str, Any]]:
+    """Largest difference of logits between a run's trained weights and its exported folder, and how the folder loaded."""
+    config = load(TrainConfig, [file], ["parallel.tensor=1"])
+    groups.initialize(config.parallel, seed=1)
+    [model] = models = assemble_model(config)
+    assembly = assemble(config, models)
+    Checkpointer(config, assembly.chunks, assembly.optimizer).load_weights_only(Path(run))
+    hf, loading = Glm4vForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    worst = 0.0
+    for case in oracle.all_cases(config.model.shape).values():
+        tokens, ids = sum(len(document.tokens) for document in case.documents), config.model.shape.tokens
+        row = pack(case.documents, tokens, image_token=ids.image, pad_token=ids.pad, patches=case.patches)
+        with torch.no_grad():
+            logits = model(make_inputs(row, config.model.shape, torch.device("cpu")), return_logits=True)[:, 0]
+        worst = max(worst, float((logits - torch.cat(oracle.case_logits(hf.eval(), case))).abs().max()))
+    return worst, {kind: sorted(map(str, names)) for kind, names in loading.items() if names}
+
+
+def test_the_exported_folder_computes_what_the_trained_model_computes(whole: Path, tmp_path: Path) -> None:
+    write_processor(tmp_path / "processor")
+    assert cli.main(["export", str(whole), str(tmp_path / "hf"), "--processor", str(tmp_path / "processor")]) == 0
+    file = whole.parent / "run.yaml"
+    arguments = (str(file), str(whole), str(tmp_path / "hf"))
+    worst, faults = run_ranks(compare_exported_logits, 1, *arguments)[0]
+    assert not faults
+    assert worst <= 3e-4  # the gate of tests/model/test_parity.py
 
 
 @pytest.mark.parametrize(
