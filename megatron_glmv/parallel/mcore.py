@@ -55,6 +55,9 @@ def text_config(
         ConfigError: a passed-through field that Megatron does not have, or that Megatron refuses.
     """
     text = shape.text
+    # Megatron frees a stage's output as soon as its send is launched. That is safe where streams keep the order; gloo would go
+    # on reading the freed memory.
+    overlaps_sends = parallel.virtual_pipeline > 1 and parallel.overlap and platform.has_cuda()
     fields: dict[str, Any] = dict(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
@@ -68,8 +71,8 @@ def text_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         pipeline_dtype=DTYPES[precision.dtype],
-        batch_p2p_comm=parallel.virtual_pipeline == 1,
-        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=not overlaps_sends,
+        overlap_p2p_comm=overlaps_sends,
         deallocate_pipeline_outputs=True,
         **_common(parallel, precision, precision.fp8_text),
         **_recompute(recompute.text),
