@@ -33,7 +33,7 @@ def torchvision_shim() -> Iterator[ModuleType]:
     """torchvision, importable for the tests of one module, with a transformers that sees it.
 
     Import transformers inside the test (or in a fixture that asks for this one): one imported before has already decided that
-    there is no torchvision. Outside such a module the processes of this session, and ranks they spawn, never see torchvision.
+    there is no torchvision. Outside such a module pytest, and ranks that it spawns, never see torchvision.
     """
     if not (PARITY_PACKAGES / "torchvision").is_dir():
         pytest.fail(f"no torchvision in {PARITY_PACKAGES}; `bash tests/run.sh` installs it there")
