@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.mappings import (
@@ -151,8 +150,3 @@ def build_model(
             if module is not None:
                 module.requires_grad_(False)
     return chunks
-
-
-def num_parameters(model: torch.nn.Module) -> int:
-    """Parameters that this rank holds of `model`."""
-    return sum(parameter.numel() for parameter in model.parameters())

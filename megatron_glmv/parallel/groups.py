@@ -99,13 +99,3 @@ def broadcast_in_replica(value: torch.Tensor) -> None:
     for group in (parallel_state.get_tensor_and_context_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
         if dist.get_world_size(group) > 1:
             dist.broadcast(value, group_src=0, group=group)
-
-
-def describe() -> str:
-    """This rank's place, for logs: ``rank 3 (tensor 1, pipeline 1, context 0, data 0)``."""
-    state = parallel_state
-    return (
-        f"rank {dist.get_rank()} (tensor {state.get_tensor_model_parallel_rank()}, "
-        f"pipeline {state.get_pipeline_model_parallel_rank()}, context {state.get_context_parallel_rank()}, "
-        f"data {state.get_data_parallel_rank()})"
-    )

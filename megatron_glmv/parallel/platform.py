@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import os
-import resource
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -45,13 +44,6 @@ def backend() -> str:
 def device_name() -> str:
     """The device's product name, for logs and the table of peaks."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
-
-
-def memory_bytes() -> int:
-    """Largest memory this rank has held: on the device, or resident on the CPU."""
-    if has_cuda():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def activate() -> None:
