@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_glmv import __version__
 from megatron_glmv.config.base import ConfigError, InputError, load, to_yaml
@@ -29,7 +30,9 @@ examples:
   glmv check examples/sft.yaml parallel.tensor=4           the same with one value changed
   glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
   torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
-  glmv export runs/quickstart/train runs/quickstart/hf --processor runs/quickstart/data/train/processor
+  glmv import GLM-4.1V-9B-Base checkpoints/base            a Hugging Face folder as a checkpoint, for any layout
+  glmv export runs/sft runs/sft/hf                         a run's newest checkpoint as a Hugging Face folder
+  glmv verify runs/sft/hf runs/sft                         are the two one model?
 
 Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration cannot be used.
 """
@@ -41,9 +44,18 @@ TRAIN_HELP = """\
 Under torchrun every rank runs this command. Outside torchrun, --ranks N starts N ranks on this machine; without --ranks
 the run has one rank. A run folder that holds a complete checkpoint is resumed from it.
 """
+IMPORT_HELP = """\
+Writes the weights of a Hugging Face folder as a checkpoint, a few rows at a time: no GPU, and a few GB of memory for any size.
+Training starts from it in any layout with checkpoint.start_from=CHECKPOINT. Its tokenizer and processor files are kept with it.
+"""
 EXPORT_HELP = """\
 Writes config.json, the weights as safetensors and the processor's files: a folder that transformers loads. The layout the
-checkpoint was trained in does not matter.
+checkpoint was trained in does not matter; no GPU is needed, and a few GB of memory for any size.
+"""
+VERIFY_HELP = """\
+Compares every tensor to the bit, then runs transformers on the folder and Megatron's layers on the checkpoint, in float32, on a
+fixed set of rows (text, one image, several images, a video, all packed in one row), a layer of each in memory at a time.
+import and export do the same before what they write gets its name, and leave the result in it as parity.json.
 """
 
 
@@ -94,16 +106,50 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
     command.set_defaults(call=_train)
 
+    _add_conversions(commands)
+    return parser
+
+
+def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    checkpoint = {"type": Path, "metavar": "CHECKPOINT"}
+    folder = {"type": Path, "metavar": "HF_FOLDER"}
+
+    command = commands.add_parser(
+        "import", help="write a Hugging Face folder as a checkpoint", description=IMPORT_HELP, formatter_class=plain
+    )
+    command.add_argument("folder", help="folder to read: config.json, safetensors, tokenizer", **folder)
+    command.add_argument("checkpoint", help="folder to write; must not exist", **checkpoint)
+    command.add_argument("--no-verify", action="store_true", help="write without the proof")
+    command.set_defaults(call=_import)
+
     command = commands.add_parser(
         "export", help="write a checkpoint as a Hugging Face folder", description=EXPORT_HELP, formatter_class=plain
     )
-    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
-    command.add_argument("folder", type=Path, metavar="HF_FOLDER", help="folder to write")
+    command.add_argument("checkpoint", help="a checkpoint, or a run folder: its newest", **checkpoint)
+    command.add_argument("folder", help="folder to write; must not exist", **folder)
     command.add_argument(
-        "--processor", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer, chat template and image limits"
+        "--processor",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with tokenizer, chat template and image limits; left out, the one that the checkpoint was trained with",
     )
+    command.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file, in 10^9 bytes (default: 5)"
+    )
+    command.add_argument("--no-verify", action="store_true", help="write without the proof")
     command.set_defaults(call=_export)
-    return parser
+
+    command = commands.add_parser(
+        "verify",
+        help="prove that a Hugging Face folder and a checkpoint are one model",
+        description=VERIFY_HELP,
+        formatter_class=plain,
+    )
+    command.add_argument("folder", help="a released or exported folder", **folder)
+    command.add_argument("checkpoint", help="a checkpoint, or a run folder: its newest", **checkpoint)
+    command.add_argument("--report", type=Path, metavar="FILE.json", help="write the comparison there")
+    command.set_defaults(call=_verify)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -177,9 +223,30 @@ def _start_ranks(ranks: int, items: Sequence[str], run_folder: Path) -> int:
     return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, ["train", *items], run_folder)
 
 
+def _import(arguments: argparse.Namespace) -> int:
+    return _conversion().run_import(arguments.folder, arguments.checkpoint, verify=not arguments.no_verify)
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    command = importlib.import_module("megatron_glmv.convert.command")
-    return command.run(arguments.checkpoint, arguments.folder, arguments.processor)
+    if arguments.shard_gb <= 0:
+        raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} is not a size; give a number above 0")
+    return _conversion().run_export(
+        arguments.checkpoint,
+        arguments.folder,
+        processor=arguments.processor,
+        max_shard_bytes=int(arguments.shard_gb * 1e9),
+        verify=not arguments.no_verify,
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    return _conversion().run_verify(arguments.folder, arguments.checkpoint, arguments.report)
+
+
+def _conversion() -> Any:
+    """The converting commands. They compute on the CPU in float32 wherever they run, so that a proof means the same."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return importlib.import_module("megatron_glmv.convert.command")
 
 
 def _report(message: str, code: int) -> int:

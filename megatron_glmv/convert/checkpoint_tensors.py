@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ _PLAIN_CLASSES = {
 """What the index of a checkpoint is made of; anything else in it is refused, so that reading one executes nothing."""
 
 
+class Stored(Protocol):
+    """Megatron tensors of a checkpoint."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor."""
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One unsharded tensor, or the rows (first, last) of it."""
+
+
 class CheckpointTensors:
     """The model's tensors of one checkpoint.
 
@@ -60,7 +70,7 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path, shape: ModelShape) -> None:
         self.folder, self.shape = folder, shape
-        metadata = _read_index(folder)
+        metadata = read_index(folder)
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
@@ -68,22 +78,23 @@ class CheckpointTensors:
             for key, stored in metadata.state_dict_metadata.items()
             if key.startswith(_MODULES) and isinstance(stored, TensorStorageMetadata)
         }
-        check_names(self._stored, {_LAYER.sub("", name) for name in megatron_names(shape)}, str(folder))
+        check_names(self._stored, {split_layer(name)[0] for name in megatron_names(shape)}, str(folder))
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a Megatron parameter was saved."""
-        return self._stored[_LAYER.sub("", name)].properties.dtype
+        return self._stored[split_layer(name)[0]].properties.dtype
 
-    def read(self, name: str) -> Tensor:
-        """One unsharded Megatron tensor.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One unsharded Megatron tensor, or the rows (first, last) of it.
 
         Raises:
             MappingError: it has another shape than the architecture, or its chunks are missing or cut off.
         """
-        key, full = _LAYER.sub("", name), entry(name, self.shape).shape
-        stored, layer = self._stored[key], _LAYER.search(name)
-        offsets, sizes = ([int(layer[1])], [1]) if layer else ([], [])
-        offsets, sizes = [*offsets, *[0] * len(full)], [*sizes, *full]
+        full = entry(name, self.shape).shape
+        (key, layer), (start, stop) = split_layer(name), rows or (0, full[0])
+        stored = self._stored[key]
+        offsets, sizes = ([], []) if layer is None else ([layer], [1])
+        offsets, sizes = [*offsets, start, *[0] * (len(full) - 1)], [*sizes, stop - start, *full[1:]]
         if len(stored.size) != len(sizes) or list(stored.size[-len(full) :]) != list(full):
             raise MappingError(
                 f"{self.folder}: {key} has shape {list(stored.size)}, this architecture has layers of {list(full)}"
@@ -97,7 +108,13 @@ class CheckpointTensors:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target))
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise MappingError(f"{self.folder}: {name} cannot be read ({' '.join(str(error).split())[:200]})") from error
-        return target.reshape(full)
+        return target.reshape(stop - start, *full[1:])
+
+
+def split_layer(name: str) -> tuple[str, int | None]:
+    """The key under which a Megatron parameter is stored, and its layer there; None outside the towers' layers."""
+    layer = _LAYER.search(name)
+    return _LAYER.sub("", name), int(layer[1]) if layer else None
 
 
 class _IntoTensor(DefaultLoadPlanner):
@@ -121,7 +138,12 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_index(folder: Path) -> Metadata:
+def read_index(folder: Path) -> Metadata:
+    """The index of a checkpoint's tensors, from which nothing can be executed.
+
+    Raises:
+        MappingError: missing, broken, or it holds anything but plain descriptions of tensors.
+    """
     path = folder / ".metadata"
     try:
         with path.open("rb") as stream:

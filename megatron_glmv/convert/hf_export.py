@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,31 +17,16 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_glmv.config.base import validate
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
+from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
+from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors, Stored
 from megatron_glmv.convert.hf_config import config_json, generation_config_json
 from megatron_glmv.convert.hf_folder import write_weights
-from megatron_glmv.convert.mapping import MappingError, entries, hf_names, join_ranks, split_of, to_hf
+from megatron_glmv.convert.mapping import entries, hf_names, join_ranks, split_of, to_hf
+from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.convert.parameters import Owner, local_parameters, pipeline_owners
+from megatron_glmv.convert.processor import check_tokenizer, copy_processor
 from megatron_glmv.parallel import platform
-
-NEEDED_PROCESSOR_FILES = (
-    ("tokenizer.json",),
-    ("tokenizer_config.json",),
-    ("chat_template.jinja", "chat_template.json"),
-    ("preprocessor_config.json", "processor_config.json"),
-)
-"""One file of each group must be there; without them the exported folder answers nothing."""
-PROCESSOR_FILES = (
-    *(name for names in NEEDED_PROCESSOR_FILES for name in names),
-    "video_preprocessor_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-"""What is copied; never weights or code."""
-
 
 def gather_hf_tensors(
     model_chunks: Sequence[Module], shape: ModelShape, read: Callable[[Parameter], Tensor] = Parameter.detach
@@ -114,66 +98,53 @@ class ExportReport:
 
 
 def export_checkpoint(
-    checkpoint_folder: Path, hf_folder: Path, processor_folder: Path, max_shard_bytes: int = 5_000_000_000
+    checkpoint: Path,
+    hf_folder: Path,
+    processor: Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    check: Callable[[Path, Stored], object] | None = None,
+    progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> ExportReport:
     """Write one complete checkpoint, saved in any layout, as a Hugging Face folder; needs no process groups.
 
-    Everything is written into a sibling that gets the final name last, so `hf_folder` is complete or absent.
-
     Args:
-        checkpoint_folder: one complete checkpoint of a run.
-        hf_folder: must not exist.
-        processor_folder: with the tokenizer, the chat template and the processors' settings, which are copied.
+        checkpoint: one complete checkpoint.
+        hf_folder: must not exist; it is complete or absent, whatever happens.
+        processor: with the tokenizer, the chat template and the processors' settings, which are copied.
         max_shard_bytes: largest safetensors file.
+        check: is called with the finished folder, before it gets its name, and the tensors that were written; what it raises
+            leaves nothing.
+        progress: is told the number of bytes of each tensor.
 
     Raises:
-        MappingError: `hf_folder` exists, the processor folder lacks a file, or the checkpoint cannot be read, or its tensors
-            are not those of its architecture, or the disk is full or refuses.
+        CheckpointError: not one complete checkpoint.
+        MappingError: `hf_folder` exists, the processor folder lacks a file or does not fit, the checkpoint cannot be read, its
+            tensors are not those of its architecture, or the disk is full or refuses.
     """
-    if hf_folder.exists():
-        raise MappingError(f"{hf_folder}: exists already; remove it or choose another folder")
-    processor_files = _processor_files(processor_folder)
-    shape = _checkpoint_shape(checkpoint_folder)
-    stored = CheckpointTensors(checkpoint_folder, shape)
-    partial = hf_folder.with_name(hf_folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        dtypes = {name: stored.dtype(found.name) for found in entries(shape).values() for name in found.hf_names}
-        tensors = (pair for name in entries(shape) for pair in to_hf(name, stored.read(name), shape).items())
-        write_weights(partial, hf_names(shape), dtypes, tensors, max_shard_bytes)
+    shape = shape_of(checkpoint, read_manifest(checkpoint))
+    stored = CheckpointTensors(checkpoint, shape)
+    check_tokenizer(processor, shape)
+    dtypes = {name: stored.dtype(found.name) for found in entries(shape).values() for name in found.hf_names}
+    num_bytes = sum(math.prod(size) * dtypes[name].itemsize for name, size in hf_names(shape).items())
+    with new_folder(hf_folder, num_bytes) as partial:
+        write_weights(partial, hf_names(shape), dtypes, _hf_tensors(stored, shape, progress), max_shard_bytes)
         dtype = str(dtypes["lm_head.weight"]).removeprefix("torch.")
         for name, tree in (
             ("config.json", config_json(shape, dtype)),
             ("generation_config.json", generation_config_json(shape)),
         ):
             (partial / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        for file in processor_files:
-            shutil.copyfile(file, partial / file.name)
-        partial.rename(hf_folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise MappingError(f"{hf_folder}: cannot be written ({error.strerror}); nothing of it was left") from error
-        raise
+        copy_processor(processor, partial, shape)
+        if check is not None:
+            check(partial, stored)
     num_parameters = sum(math.prod(size) for size in hf_names(shape).values())
     return ExportReport(hf_folder, len(dtypes), num_parameters, dtype)
 
 
-def _checkpoint_shape(folder: Path) -> ModelShape:
-    """The architecture that a checkpoint's manifest names."""
-    path = folder / "meta.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))["shape"]
-    except OSError as error:
-        raise MappingError(f"{path}: cannot be read ({error.strerror}); is {folder} one complete checkpoint?") from None
-    except (ValueError, KeyError, TypeError):
-        raise MappingError(f"{path}: not the manifest of a checkpoint") from None
-    return validate(ModelShape, tree, where=str(path))
-
-
-def _processor_files(folder: Path) -> list[Path]:
-    for names in NEEDED_PROCESSOR_FILES:
-        if not any((folder / name).is_file() for name in names):
-            raise MappingError(f"{folder}: no {' or '.join(names)}; name the folder that glmv-data train-tokenizer wrote")
-    return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+def _hf_tensors(stored: Stored, shape: ModelShape, progress: Callable[[int], object]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under its Hugging Face name, in the order of `hf_names`."""
+    for name in entries(shape):
+        tensor = stored.read(name)
+        yield from to_hf(name, tensor, shape).items()
+        progress(tensor.nbytes)

@@ -25,14 +25,19 @@ from megatron_glmv.convert.mapping import MappingError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class HfWeights:
     """The tensors of a Hugging Face folder, read lazily and in slices.
 
+    A file is mapped into memory only while it is read, so that the pages read do not count as this process's memory.
+
     Attributes:
         folder: where they are.
+        files: the safetensors files' names.
         shapes: name -> shape of every tensor in the files.
+        dtypes: name -> dtype.
 
     Raises:
         MappingError: no weights in the folder, a shard that the index names is missing or not a safetensors file, or an index
@@ -50,30 +55,43 @@ class HfWeights:
         elif (folder / SINGLE_FILE).is_file():
             listed = {}
         else:
-            raise MappingError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
-        self._files = {file: _open(folder / file) for file in sorted(set(listed.values()) or {SINGLE_FILE})}
+            raise MappingError(
+                f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; weights are read from safetensors only, never from pickles"
+            )
+        self.files = sorted(set(listed.values()) or {SINGLE_FILE})
         self._file_of: dict[str, str] = {}
-        for file, handle in self._files.items():
-            for name in handle.keys():  # noqa: SIM118  (not a mapping)
-                if self._file_of.setdefault(name, file) != file:
-                    raise MappingError(f"{folder}: {name} is in both {self._file_of[name]} and {file}")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for file in self.files:
+            self._read_header(file)
         if listed and (wrong := sorted(set(listed.items()) ^ set(self._file_of.items()))):
             raise MappingError(f"{index}: does not agree with {wrong[0][1]} about {wrong[0][0]}")
-        self.shapes = {name: tuple(self._files[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}
+
+    def _read_header(self, file: str) -> None:
+        with _open(self.folder / file) as handle:
+            for name in handle.keys():  # noqa: SIM118  (not a mapping)
+                if self._file_of.setdefault(name, file) != file:
+                    raise MappingError(f"{self.folder}: {name} is in both {self._file_of[name]} and {file}")
+                part = handle.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise MappingError(f"{self.folder / file}: {name} has dtype {part.get_dtype()}; weights are one of {known}")
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), _DTYPES[part.get_dtype()]
 
     def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
         """Rows `start` to `stop` of one tensor, and the columns (of axis 1) if given; nothing else is read."""
-        rows = self._files[self._file_of[name]].get_slice(name)
-        return rows[start:stop] if columns is None else rows[start:stop, columns[0] : columns[1]]
+        with _open(self.folder / self._file_of[name]) as handle:
+            rows = handle.get_slice(name)
+            return rows[start:stop] if columns is None else rows[start:stop, columns[0] : columns[1]]
 
 
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise MappingError(f"{path}: the index names this shard and it is missing") from None
+        raise MappingError(f"{path}: the shard is missing; fetch the folder again") from None
     except SafetensorError as error:
-        raise MappingError(f"{path}: not a complete safetensors file ({error})") from None
+        raise MappingError(f"{path}: not a complete safetensors file ({error}); fetch it again") from None
 
 
 def write_weights(

@@ -16,7 +16,7 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.hf_folder import HfWeights
-from megatron_glmv.convert.mapping import Entry, MappingError, check_names, entry, hf_names, part_of_rank, rank_segments
+from megatron_glmv.convert.mapping import Entry, MappingError, check_hf_shapes, entry, part_of_rank, rank_segments
 from megatron_glmv.convert.parameters import local_parameters, pipeline_owners
 
 
@@ -66,11 +66,7 @@ def from_state_dict(model_chunks: Sequence[Module], hf_state_dict: Mapping[str, 
 
 
 def _fill(model_chunks: Sequence[Module], source: _Source, shape: ModelShape, where: str) -> None:
-    expected = hf_names(shape)
-    check_names(source.shapes, expected, where)
-    for name, size in expected.items():
-        if source.shapes[name] != size:
-            raise MappingError(f"{where}: {name} has shape {list(source.shapes[name])}, the configuration says {list(size)}")
+    check_hf_shapes(source.shapes, shape, where)
     parameters = local_parameters(model_chunks)
     pipeline_owners(parameters, shape)
     for name, parameter in parameters.items():

@@ -252,6 +252,24 @@ def check_names(found: Iterable[str], expected: Iterable[str], where: str) -> No
         raise MappingError(f"{where}: missing {_listing(missing)}")
 
 
+def check_hf_shapes(found: Mapping[str, tuple[int, ...]], shape: ModelShape, where: str) -> None:
+    """Refuse Hugging Face tensors that are not exactly those of an architecture.
+
+    Args:
+        found: name -> shape of the tensors that are there.
+        shape: the architecture.
+        where: the origin, for the message.
+
+    Raises:
+        MappingError: a tensor that no rule covers, one that is missing, or one of another shape.
+    """
+    expected = hf_names(shape)
+    check_names(found, expected, where)
+    for name, size in expected.items():
+        if found[name] != size:
+            raise MappingError(f"{where}: {name} has shape {list(found[name])}, the configuration says {list(size)}")
+
+
 def _listing(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -286,7 +304,7 @@ def to_hf(name: str, tensor: Tensor, shape: ModelShape) -> dict[str, Tensor]:
     """The Hugging Face tensors that one unsharded Megatron tensor (weight or gradient) holds; inverse of `to_megatron`.
 
     Returns:
-        Hugging Face name -> new tensor of its shape.
+        Hugging Face name -> tensor of its shape; a view of `tensor` where the rows are in the same order.
 
     Raises:
         MappingError: no rule covers `name`, or the tensor has another shape.
@@ -294,6 +312,8 @@ def to_hf(name: str, tensor: Tensor, shape: ModelShape) -> dict[str, Tensor]:
     found = entry(name, shape)
     if tuple(tensor.shape) != found.shape:
         raise MappingError(f"{name}: shape {list(tensor.shape)}, but this architecture has {list(found.shape)}")
+    if len(found.segments) == 1:
+        return {found.hf_names[0]: tensor.reshape(found.hf_shapes[0])}
     targets = [tensor.new_empty((size[0], *found.shape[1:])) for size in found.hf_shapes]
     row = 0
     for s in found.segments:

@@ -35,8 +35,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.convert import checkpoint_folder as folders
+from megatron_glmv.convert.checkpoint_folder import CheckpointError
+from megatron_glmv.convert.checkpoint_tensors import read_index
 from megatron_glmv.training import checkpoint_files as files
-from megatron_glmv.training.checkpoint_files import CheckpointError
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
 from megatron_glmv.training.random_state import read_generators, restore_generators
 from megatron_glmv.training.state import TrainState
@@ -78,7 +80,7 @@ class Checkpointer:
         if dist.get_world_size(replicas) > 1:
             self._save_strategy = FullyParallelSaveStrategyWrapper(self._save_strategy, replicas, do_cache_distribution=True)
         self._validated = False
-        newest = files.latest(config.run_folder)
+        newest = folders.latest(config.run_folder)
         if newest is not None and not config.checkpoint.resume:
             raise CheckpointError(
                 f"{newest}: run_folder holds checkpoints of an earlier run; set checkpoint.resume or use another run_folder"
@@ -92,16 +94,16 @@ class Checkpointer:
             CheckpointError: the disk is full or refuses; older checkpoints are untouched.
         """
         self._finish()
-        folder = files.folder_of(self._config.run_folder, state.step)
-        if files.latest(self._config.run_folder) == folder:
+        folder = folders.folder_of(self._config.run_folder, state.step)
+        if folders.latest(self._config.run_folder) == folder:
             return  # the one this run resumed from, or saved just now
         self._create_moments()
         self._align_optimizer_steps()
         tree = self._state_dict(is_loading=False)
         tree["random"] = self._random_shard(read_generators())
         size = _sum_over_ranks(sum(s.data.nbytes for s in nested_values(tree) if _is_written_here(s)))
-        partial = folder.with_name(folder.name + files.PARTIAL)
-        _on_first_rank(lambda: files.open_partial(folder, size))
+        partial = folder.with_name(folder.name + folders.PARTIAL)
+        _on_first_rank(lambda: folders.open_partial(folder, size))
         try:
             request = dist_checkpointing.save(
                 tree,
@@ -149,12 +151,12 @@ class Checkpointer:
         Raises:
             CheckpointError: unreadable, or of another architecture, precision or kind of optimizer.
         """
-        folder = files.latest(self._config.run_folder)
+        folder = folders.latest(self._config.run_folder)
         _check_same_everywhere(folder)
         if folder is None:
             return None
-        manifest = files.read_manifest(folder)
-        files.check_architecture(folder, manifest, self._config)
+        manifest = folders.read_manifest(folder)
+        folders.check_architecture(folder, manifest, self._config.model.shape)
         files.check_resumable(folder, manifest, self._config)
         groups = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in self._optimizer.param_groups]
         tree = self._state_dict(is_loading=True)
@@ -184,9 +186,9 @@ class Checkpointer:
         Raises:
             CheckpointError: no checkpoint there, unreadable, or of another architecture.
         """
-        folder = files.find(path)
+        folder = folders.find(path)
         _check_same_everywhere(folder)
-        files.check_architecture(folder, files.read_manifest(folder), self._config)
+        folders.check_architecture(folder, folders.read_manifest(folder), self._config.model.shape)
         self._load_model(_load(self._model_state_dict(), folder), folder)
         self._optimizer.reload_model_params()
 
@@ -204,7 +206,7 @@ class Checkpointer:
     def _publish(self, pending: _Pending) -> None:
         state = pending.state
         manifest = {"step": state.step, "state": dataclasses.asdict(state), "saved_at": time.time(), **self._run}
-        files.publish(pending.partial, pending.folder, manifest, to_yaml(self._config))
+        folders.publish(pending.partial, pending.folder, manifest, to_yaml(self._config))
         files.retire(self._config.run_folder, self._config.checkpoint)
 
     def _model_state_dict(self) -> dict[str, Any]:
@@ -265,6 +267,7 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: unreadable, or a tensor is missing.
     """
+    read_index(folder)  # Megatron unpickles it as it is; this refuses anything but plain descriptions of tensors
     try:
         strategy = get_default_load_sharded_strategy(str(folder))
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -315,7 +318,7 @@ def _on_first_rank(action: Callable[[], object]) -> None:
 
 def _check_same_everywhere(folder: Path | None) -> None:
     """Refuse ranks that see different checkpoints, as a slow network disk may show them."""
-    step = -1 if folder is None else int(files.read_manifest(folder)["step"])
+    step = -1 if folder is None else int(folders.read_manifest(folder)["step"])
     if _over_ranks(step, dist.ReduceOp.MAX) != _over_ranks(step, dist.ReduceOp.MIN):
         raise CheckpointError(f"{folder}: ranks see different newest checkpoints; is run_folder on a disk that all share?")
 

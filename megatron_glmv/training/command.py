@@ -12,11 +12,11 @@ import torch.distributed as dist
 from megatron_glmv.config.base import InputError, to_yaml
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.convert.checkpoint_folder import latest
 from megatron_glmv.convert.hf_import import load_hf_weights
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.parallel.mcore import layer_kind
-from megatron_glmv.training import checkpoint_files
 from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.flops import device_peak
@@ -118,7 +118,7 @@ def _peak_tflops(config: TrainConfig) -> float | None:
 def _headline(config: TrainConfig, models: list[Glm4vModel], state: TrainState) -> str:
     """What runs here, in one line."""
     layout, data = config.parallel, groups.data_size()
-    newest = checkpoint_files.latest(config.run_folder)
+    newest = latest(config.run_folder)
     origin = f"resuming {newest} at step {state.step}" if state.step else "starting"
     size = sum(parameter.numel() for model in models for parameter in model.parameters())
     return (

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_glmv.training.checkpoint_files import CheckpointError, complete_folders, latest
+from megatron_glmv.convert.checkpoint_folder import CheckpointError, complete_folders, latest
 from megatron_glmv.training.state import TrainState
 from tests.ranks import run_ranks, watch_ranks
 
