@@ -20,7 +20,7 @@ from megatron_glmv.convert.checkpoint_folder import FORMAT, MANIFEST, origin
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.mapping import Entry, MappingError, RankPart, check_hf_shapes, rank_segments
 from megatron_glmv.convert.new_folder import new_folder
-from megatron_glmv.convert.processor import check_tokenizer, copy_processor
+from megatron_glmv.convert.processor import check_processor, copy_processor
 from megatron_glmv.convert.tensor_writer import write_tensors
 
 PROCESSOR = "processor"
@@ -64,14 +64,14 @@ def import_folder(
     weights = HfWeights(hf_folder)
     check_hf_shapes(weights.shapes, shape, str(hf_folder))
     dtype = weights_dtype(weights, config.hf_config)
-    check_tokenizer(hf_folder, shape)
+    check_processor(hf_folder, shape)
 
     def read_rows(found: Entry, start: int, stop: int) -> Tensor:
         pieces = [
             weights.read(found.hf_names[s.source], s.start, s.stop, None).reshape(s.stop - s.start, *found.shape[1:])
             for s in rank_segments(found, RankPart(((start, stop),)))
         ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return torch.cat(pieces)
 
     num_parameters = sum(math.prod(size) for size in weights.shapes.values())
     with new_folder(checkpoint, num_parameters * DTYPES[dtype].itemsize) as partial:

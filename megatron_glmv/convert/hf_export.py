@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,13 +22,14 @@ from torch.nn import Module, Parameter
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
 from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors, Stored
-from megatron_glmv.convert.hf_config import config_json, generation_config_json
+from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.hf_folder import write_weights
 from megatron_glmv.convert.mapping import entries, hf_names, join_ranks, split_of, to_hf
 from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.convert.parameters import Owner, local_parameters, pipeline_owners
-from megatron_glmv.convert.processor import check_tokenizer, copy_processor
+from megatron_glmv.convert.processor import check_processor, copy_processor
 from megatron_glmv.parallel import platform
+
 
 def gather_hf_tensors(
     model_chunks: Sequence[Module], shape: ModelShape, read: Callable[[Parameter], Tensor] = Parameter.detach
@@ -124,17 +127,13 @@ def export_checkpoint(
     """
     shape = shape_of(checkpoint, read_manifest(checkpoint))
     stored = CheckpointTensors(checkpoint, shape)
-    check_tokenizer(processor, shape)
+    check_processor(processor, shape)
     dtypes = {name: stored.dtype(found.name) for found in entries(shape).values() for name in found.hf_names}
     num_bytes = sum(math.prod(size) * dtypes[name].itemsize for name, size in hf_names(shape).items())
     with new_folder(hf_folder, num_bytes) as partial:
         write_weights(partial, hf_names(shape), dtypes, _hf_tensors(stored, shape, progress), max_shard_bytes)
         dtype = str(dtypes["lm_head.weight"]).removeprefix("torch.")
-        for name, tree in (
-            ("config.json", config_json(shape, dtype)),
-            ("generation_config.json", generation_config_json(shape)),
-        ):
-            (partial / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        (partial / "config.json").write_text(json.dumps(config_json(shape, dtype), indent=2) + "\n", encoding="utf-8")
         copy_processor(processor, partial, shape)
         if check is not None:
             check(partial, stored)
@@ -143,8 +142,13 @@ def export_checkpoint(
 
 
 def _hf_tensors(stored: Stored, shape: ModelShape, progress: Callable[[int], object]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, in the order of `hf_names`."""
-    for name in entries(shape):
-        tensor = stored.read(name)
-        yield from to_hf(name, tensor, shape).items()
-        progress(tensor.nbytes)
+    """Every tensor under its Hugging Face name, in the order of `hf_names`; the next is read while one is written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(stored.read, next(iter(entries(shape))))
+        for name, following in pairwise([*entries(shape), None]):
+            tensor = coming.result()
+            if following is not None:
+                coming = reader.submit(stored.read, following)
+            assert name is not None
+            yield from to_hf(name, tensor, shape).items()
+            progress(tensor.nbytes)

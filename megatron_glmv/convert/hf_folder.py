@@ -1,7 +1,7 @@
 """The weights of a Hugging Face folder: read in slices, written one tensor at a time.
 
 Writing does not collect a shard in memory as the safetensors package does: all shapes are known beforehand, so the header goes
-first and every tensor is appended when it comes. Peak memory is one tensor, whatever the size of a shard.
+first and every tensor is written to its place when it comes. Peak memory is a few tensors, whatever the size of a shard.
 
 Source: the safetensors format (8 bytes little-endian header length, JSON header padded with spaces, tensor bytes); transformers
 5.23.0, modeling_utils.py (`model.safetensors.index.json`, metadata `format: pt`).
@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +28,9 @@ from megatron_glmv.convert.mapping import MappingError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WRITERS = 2
+"""Tensors that are written at once, each to its own place in the file."""
+WRITE_BYTES = 1 << 26
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
@@ -122,11 +128,19 @@ def write_weights(
     total = len(shards)
     files = [SINGLE_FILE] if total == 1 else [f"model-{n:05}-of-{total:05}.safetensors" for n in range(1, total + 1)]
     coming = iter(tensors)
-    for file, shard in zip(files, shards, strict=True):
-        with (folder / file).open("wb") as stream:
-            _write_header(stream, shard, shapes, dtypes)
-            for name in shard:
-                _write_tensor(stream, name, next(coming, None), shapes[name], dtypes[name])
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for file, shard in zip(files, shards, strict=True):
+            with (folder / file).open("wb", buffering=0) as stream:
+                offset = _write_header(stream, shard, shapes, dtypes)
+                pending: deque[Future[None]] = deque()
+                for name, size in shard.items():
+                    data = _bytes_of(name, next(coming, None), shapes[name], dtypes[name])
+                    if len(pending) == WRITERS:
+                        pending.popleft().result()
+                    pending.append(pool.submit(_write_at, stream.fileno(), data, offset))
+                    offset += size
+                for write in pending:
+                    write.result()
     if (extra := next(coming, None)) is not None:
         raise MappingError(f"{folder}: the tensor {extra[0]} was not announced")
     if total > 1:
@@ -136,8 +150,9 @@ def write_weights(
 
 
 def _write_header(
-    stream: BinaryIO, shard: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
-) -> None:
+    stream: RawIOBase, shard: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+) -> int:
+    """Write a shard's header; returns where its first tensor begins."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, size in shard.items():
@@ -145,15 +160,21 @@ def _write_header(
         start += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    stream.write(struct.pack("<Q", len(text)) + text)
+    _write_at(stream.fileno(), memoryview(struct.pack("<Q", len(text)) + text), 0)
+    return 8 + len(text)
 
 
-def _write_tensor(
-    stream: BinaryIO, name: str, item: tuple[str, Tensor] | None, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def _bytes_of(name: str, item: tuple[str, Tensor] | None, shape: tuple[int, ...], dtype: torch.dtype) -> memoryview:
     if item is None or item[0] != name:
         raise MappingError(f"{name} was to be written next, not {'the end' if item is None else item[0]}")
     tensor = item[1]
     if tuple(tensor.shape) != shape or tensor.dtype != dtype:
         raise MappingError(f"{name}: {list(tensor.shape)} {tensor.dtype} was announced as {list(shape)} {dtype}")
-    stream.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _write_at(file: int, data: memoryview, offset: int) -> None:
+    """Write all of `data`; one call writes 2 GB at most."""
+    while data:
+        written = os.pwrite(file, data[:WRITE_BYTES], offset)
+        data, offset = data[written:], offset + written

@@ -9,12 +9,13 @@ they are written) and metadata.py; megatron-core 0.16.1, dist_checkpointing/core
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -35,11 +36,15 @@ from megatron_glmv.convert.mapping import Entry, entries
 
 CHUNK_BYTES = 64_000_000
 """Largest piece of one tensor: what is held at once when it is written, and what a rank reads that needs any row of it."""
-FILE_BYTES = 1_000_000_000
+FILE_BYTES = 500_000_000
 """Where a file of the checkpoint ends."""
+WRITERS = 2
+"""Files that are written at once."""
 
+Source = tuple[Entry, int, int]
+"""A piece: rows first to last of an unsharded Megatron tensor."""
 ReadRows = Callable[[Entry, int, int], Tensor]
-"""(entry, first row, last row) -> those rows of the unsharded Megatron tensor."""
+"""(entry, first row, last row) -> those rows of the unsharded Megatron tensor, in memory."""
 
 
 def write_tensors(
@@ -57,8 +62,7 @@ def write_tensors(
     Raises:
         OSError: the disk is full or refuses.
     """
-    items: dict[MetadataIndex, tuple[Entry, int, int]] = {}
-    plans: list[list[WriteItem]] = [[]]
+    plans: list[list[tuple[WriteItem, Source]]] = [[]]
     size = 0
     for item, source in _items(shape, dtype):
         assert item.tensor_data is not None
@@ -66,22 +70,33 @@ def write_tensors(
         if plans[-1] and size + num_bytes > FILE_BYTES:
             plans.append([])
             size = 0
-        plans[-1].append(item)
+        plans[-1].append((item, source))
         size += num_bytes
-        items[item.index] = source
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    # Each file has a writer of one thread: an error in a thread that torch starts itself would not reach us.
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
     writer.set_up_storage_writer(is_coordinator=True)
-    planner = _RowPlanner(items, read_rows, progress)
-    results: list[list[WriteResult]] = []
-    for number, plan in enumerate(plans):
-        results.append(writer.write_data(SavePlan(plan, storage_data=_StoragePrefix(f"__{number}_")), planner).wait())
-    described = {name: _describe(plans, name) for name in dict.fromkeys(item.index.fqn for plan in plans for item in plan)}
+
+    def write_file(number: int) -> list[WriteResult]:
+        items, sources = zip(*plans[number], strict=True)
+        with ThreadPoolExecutor(1) as reader:
+            planner = _RowPlanner(sources, read_rows, progress, reader)
+            return writer.write_data(SavePlan(list(items), storage_data=_StoragePrefix(f"__{number}_")), planner).wait()
+
+    try:
+        with ThreadPoolExecutor(WRITERS) as pool:
+            results = list(pool.map(write_file, range(len(plans))))
+    except RuntimeError as error:  # torch.save covers the disk's own error with one about its archive
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    items = [item for plan in plans for item, _ in plan]
+    described = {name: _describe(items, name) for name in dict.fromkeys(item.index.fqn for item in items)}
     writer.finish(Metadata(state_dict_metadata=described, storage_meta=StorageMeta()), results)
-    TorchCommonSaveStrategy("torch", 1).save_common({}, folder)
+    torch.save({}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))
 
 
-def _items(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[WriteItem, tuple[Entry, int, int]]]:
+def _items(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[WriteItem, Source]]:
     """What is to be written, in order, and where each piece comes from."""
     layers = {"vision_model": shape.vision.num_layers, "language_model": shape.text.num_layers}
     for found in entries(shape).values():
@@ -98,24 +113,45 @@ def _items(shape: ModelShape, dtype: torch.dtype) -> Iterator[tuple[WriteItem, t
             yield WriteItem(MetadataIndex(key, chunk.offsets), WriteItemType.SHARD, tensor_data=data), (found, start, stop)
 
 
-def _describe(plans: list[list[WriteItem]], name: str) -> TensorStorageMetadata:
+def _describe(items: Sequence[WriteItem], name: str) -> TensorStorageMetadata:
     """The index's entry of one tensor."""
-    pieces = [item.tensor_data for plan in plans for item in plan if item.index.fqn == name and item.tensor_data is not None]
+    pieces = [item.tensor_data for item in items if item.index.fqn == name and item.tensor_data is not None]
     return TensorStorageMetadata(pieces[0].properties, pieces[0].size, [piece.chunk for piece in pieces])
 
 
+class _Writer(FileSystemWriter):
+    """Leaves the folder's own path out of the index: a path is a class that no reader of an index should have to make."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
 class _RowPlanner(DefaultSavePlanner):
-    """Gives the writer each piece when it is to be written."""
+    """Gives the writer each piece when it is to be written; the next one is read meanwhile.
+
+    The writer asks for the pieces in the order of its plan.
+    """
 
     def __init__(
-        self, sources: dict[MetadataIndex, tuple[Entry, int, int]], read_rows: ReadRows, progress: Callable[[int], object]
+        self,
+        sources: Sequence[Source],
+        read_rows: ReadRows,
+        progress: Callable[[int], object],
+        reader: ThreadPoolExecutor,
     ) -> None:
         super().__init__()
-        self._sources, self._read_rows, self._progress = sources, read_rows, progress
+        self._coming = iter(sources)
+        self._read_rows, self._progress, self._reader = read_rows, progress, reader
+        self._next = self._read_ahead()
+
+    def _read_ahead(self) -> Future[Tensor] | None:
+        source = next(self._coming, None)
+        return None if source is None else self._reader.submit(self._read_rows, *source)
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        assert write_item.tensor_data is not None
-        found, start, stop = self._sources[write_item.index]
-        rows = self._read_rows(found, start, stop).reshape(write_item.tensor_data.chunk.sizes)
+        """The piece's values."""
+        assert self._next is not None and write_item.tensor_data is not None
+        rows = self._next.result()
+        self._next = self._read_ahead()
         self._progress(rows.nbytes)
-        return rows
+        return rows.reshape(write_item.tensor_data.chunk.sizes)
