@@ -29,7 +29,7 @@ examples:
   glmv check examples/sft.yaml parallel.tensor=4           the same with one value changed
   glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
   torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
-  glmv export runs/quickstart/train runs/quickstart/hf --processor runs/quickstart/data/train/processor
+  glmv export runs/quickstart/train runs/quickstart/hf     its newest checkpoint as a folder for transformers
 
 Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration cannot be used.
 """
@@ -100,7 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
     command.add_argument("folder", type=Path, metavar="HF_FOLDER", help="folder to write")
     command.add_argument(
-        "--processor", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer, chat template and image limits"
+        "--processor",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with tokenizer, chat template and image limits (default: the one of the checkpoint's own data or start)",
     )
     command.set_defaults(call=_export)
     return parser

@@ -100,6 +100,21 @@ class CheckpointTensors:
         return target.reshape(full)
 
 
+def newest_checkpoint(path: Path) -> Path:
+    """A checkpoint's own folder, or the newest complete one of a run's folder; its manifest is written last.
+
+    Raises:
+        MappingError: there is none.
+    """
+    if (path / "meta.json").is_file():
+        return path
+    folders = [found.parent for found in path.glob("checkpoints/step_*/meta.json")]
+    complete = {int(match[1]): found for found in folders if (match := re.fullmatch(r"step_(\d+)", found.name))}
+    if not complete:
+        raise MappingError(f"{path}: holds no complete checkpoint; name a run's folder or one step_... folder of it")
+    return complete[max(complete)]
+
+
 class _IntoTensor(DefaultLoadPlanner):
     """Puts what is read into the right place of one tensor."""
 

@@ -21,27 +21,12 @@ from torch.nn import Module, Parameter
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
-from megatron_glmv.convert.hf_config import config_json, generation_config_json
+from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.hf_folder import write_weights
 from megatron_glmv.convert.mapping import MappingError, entries, hf_names, join_ranks, split_of, to_hf
 from megatron_glmv.convert.parameters import Owner, local_parameters, pipeline_owners
+from megatron_glmv.convert.processor import check_processor, copy_processor
 from megatron_glmv.parallel import platform
-
-NEEDED_PROCESSOR_FILES = (
-    ("tokenizer.json",),
-    ("tokenizer_config.json",),
-    ("chat_template.jinja", "chat_template.json"),
-    ("preprocessor_config.json", "processor_config.json"),
-)
-"""One file of each group must be there; without them the exported folder answers nothing."""
-PROCESSOR_FILES = (
-    *(name for names in NEEDED_PROCESSOR_FILES for name in names),
-    "video_preprocessor_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-"""What is copied; never weights or code."""
 
 
 def gather_hf_tensors(
@@ -127,13 +112,14 @@ def export_checkpoint(
         max_shard_bytes: largest safetensors file.
 
     Raises:
-        MappingError: `hf_folder` exists, the processor folder lacks a file, or the checkpoint cannot be read, or its tensors
-            are not those of its architecture, or the disk is full or refuses.
+        MappingError: `hf_folder` exists, or the checkpoint cannot be read, or its tensors are not those of its architecture, or
+            the disk is full or refuses.
+        ProcessorError: the processor folder lacks a file, or does not belong to the architecture.
     """
     if hf_folder.exists():
         raise MappingError(f"{hf_folder}: exists already; remove it or choose another folder")
-    processor_files = _processor_files(processor_folder)
     shape = _checkpoint_shape(checkpoint_folder)
+    check_processor(processor_folder, shape)
     stored = CheckpointTensors(checkpoint_folder, shape)
     partial = hf_folder.with_name(hf_folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -143,13 +129,9 @@ def export_checkpoint(
         tensors = (pair for name in entries(shape) for pair in to_hf(name, stored.read(name), shape).items())
         write_weights(partial, hf_names(shape), dtypes, tensors, max_shard_bytes)
         dtype = str(dtypes["lm_head.weight"]).removeprefix("torch.")
-        for name, tree in (
-            ("config.json", config_json(shape, dtype)),
-            ("generation_config.json", generation_config_json(shape)),
-        ):
-            (partial / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        for file in processor_files:
-            shutil.copyfile(file, partial / file.name)
+        text = json.dumps(config_json(shape, dtype), indent=2) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        copy_processor(processor_folder, partial, shape)
         partial.rename(hf_folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,10 +152,3 @@ def _checkpoint_shape(folder: Path) -> ModelShape:
     except (ValueError, KeyError, TypeError):
         raise MappingError(f"{path}: not the manifest of a checkpoint") from None
     return validate(ModelShape, tree, where=str(path))
-
-
-def _processor_files(folder: Path) -> list[Path]:
-    for names in NEEDED_PROCESSOR_FILES:
-        if not any((folder / name).is_file() for name in names):
-            raise MappingError(f"{folder}: no {' or '.join(names)}; name the folder that glmv-data train-tokenizer wrote")
-    return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]

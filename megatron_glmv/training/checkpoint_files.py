@@ -180,7 +180,7 @@ def check_architecture(folder: Path, manifest: Mapping[str, Any], config: TrainC
     Raises:
         CheckpointError: names the first number that differs.
     """
-    saved = dict(_flatten(manifest["shape"]))
+    saved = dict(_flatten({"model_type": "glm4v", **manifest["shape"]}))  # manifests that name none: glm4v
     wanted = dict(_flatten(config.model.shape.model_dump(mode="json")))
     for key in wanted | saved:
         if saved.get(key) != wanted.get(key):
