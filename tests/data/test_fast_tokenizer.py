@@ -22,7 +22,7 @@ SENTENCES = (
     "你好，世界。请问图中有几个数字？", "今日は良い天気ですね。数字は三です。", "안녕하세요, 숫자를 읽어 주세요.",
     "Ωμέγα και άλφα, naïve café über", "Привет, мир! Сколько цифр на картинке?", "مرحبا بالعالم، كم رقما ترى؟", "नमस्ते दुनिया",
     "def total(xs):\n\treturn sum(x ** 2 for x in xs)  # squares", "for (int i = 0; i < n; ++i) { a[i] += b[i] * 0x1F; }",
-    "two  spaces   and    four", "🙂👍🏽 👩‍👩‍👧 🇩🇪 emoji", "e\u0301 and ﬁ and ½ and ＡＢＣ", "<0xABCDEF_unknown_used|5678>",
+    "two  spaces   and    four", "🙂👍🏽 👩‍👩‍👧 🇩🇪 emoji", "e\u0301 and ﬁ and ½ and ＡＢＣ", "<0xABCDEF_unknown_used|0123456789>",
 )  # fmt: skip
 SYMBOLS = [*SPECIALS, "<think>", "</think>"]
 LOSSLESS: dict[str, Any] = {
