@@ -80,12 +80,11 @@ def build_fast_tokenizer(model: bytes, where: str = "tokenizer.model") -> Tokeni
         raise TokenizerError(f"{where}: a SentencePiece model of kind {kind}; only bpe and unigram have a fast tokenizer")
     if (rule := _unusable_rule(parsed)) is not None:
         raise TokenizerError(
-            f"{where}: trained with {rule}, which no fast tokenizer follows around special tokens; train it again without, or "
-            "give a folder with tokenizer.json"
+            f"{where}: trained with {rule}, which no fast tokenizer follows exactly; train it again without, or give a folder "
+            "with tokenizer.json"
         )
     tokenizer = Tokenizer(_bpe(parsed) if kind == "bpe" else _unigram(parsed))
-    space, charsmap = normalizers.Replace(" ", SPACE), parsed.normalizer_spec.precompiled_charsmap
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap), space]) if charsmap else space
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     symbols = [piece for piece in parsed.pieces if piece.type in (piece.USER_DEFINED, piece.CONTROL)]
     special = [p.piece for p in symbols if p.type == p.CONTROL or p.piece in SPECIALS]
@@ -124,9 +123,13 @@ def _unknown(parsed: Any) -> str:
 
 
 def _unusable_rule(parsed: Any) -> str | None:
-    """A rule about the ends of the whole text, which a fast tokenizer cuts at special tokens before it applies any."""
+    """A rule about the ends of the text, which a fast tokenizer has already cut at special tokens, or about characters.
+
+    The fast library's normalization with the same table works on grapheme clusters and differs in \\r\\n and combining marks.
+    """
     rules = parsed.normalizer_spec
     found = {
+        f"normalization_rule_name={rules.name}": bool(rules.precompiled_charsmap),
         "add_dummy_prefix": rules.add_dummy_prefix,
         "remove_extra_whitespaces": rules.remove_extra_whitespaces,
         "treat_whitespace_as_suffix": parsed.trainer_spec.treat_whitespace_as_suffix,

@@ -22,7 +22,8 @@ SENTENCES = (
     "你好，世界。请问图中有几个数字？", "今日は良い天気ですね。数字は三です。", "안녕하세요, 숫자를 읽어 주세요.",
     "Ωμέγα και άλφα, naïve café über", "Привет, мир! Сколько цифр на картинке?", "مرحبا بالعالم، كم رقما ترى؟", "नमस्ते दुनिया",
     "def total(xs):\n\treturn sum(x ** 2 for x in xs)  # squares", "for (int i = 0; i < n; ++i) { a[i] += b[i] * 0x1F; }",
-    "two  spaces   and    four", "🙂👍🏽 👩‍👩‍👧 🇩🇪 emoji", "e\u0301 and ﬁ and ½ and ＡＢＣ", "<0xABCDEF_unknown_used|0123456789>",
+    "two  spaces   and    four", "🙂👍🏽 👩‍👩‍👧 🇩🇪 emoji", "e\u0301 and ﬁ and ½ and ＡＢＣ",
+    "<0xABCDEF_unknown_used|0123456789>",
 )  # fmt: skip
 SYMBOLS = [*SPECIALS, "<think>", "</think>"]
 LOSSLESS: dict[str, Any] = {
@@ -31,7 +32,6 @@ LOSSLESS: dict[str, Any] = {
 RULES: dict[str, dict[str, Any]] = {
     "bpe": {"model_type": "bpe", **LOSSLESS, "split_digits": True, "control_symbols": ["<s>", "</s>"]},
     "bpe without byte fallback": {"model_type": "bpe", **LOSSLESS, "byte_fallback": False, "character_coverage": 0.98},
-    "bpe that normalizes": {"model_type": "bpe", **LOSSLESS, "normalization_rule_name": "nfkc"},
     "unigram": {"model_type": "unigram", **LOSSLESS, "character_coverage": 1.0},
 }  # fmt: skip
 
@@ -98,9 +98,9 @@ def test_special_tokens_are_single_and_left_out_on_demand() -> None:
     [
         ({"model_type": "char"}, "a SentencePiece model of kind char; only bpe and unigram"),
         ({"model_type": "bpe", **LOSSLESS, "add_dummy_prefix": True}, "trained with add_dummy_prefix"),
-        ({"model_type": "unigram"}, "trained with add_dummy_prefix"),
+        ({"model_type": "unigram"}, "trained with normalization_rule_name=nmt_nfkc"),
         ({"model_type": "bpe", **LOSSLESS, "remove_extra_whitespaces": True}, "trained with remove_extra_whitespaces"),
-        ({"model_type": "bpe", **LOSSLESS, "normalization_rule_name": "nmt_nfkc"}, "different ids for 'line\\nbreak"),
+        ({"model_type": "bpe", **LOSSLESS, "normalization_rule_name": "nfkc"}, "trained with normalization_rule_name=nfkc"),
     ],
 )
 def test_models_without_an_equivalent_are_refused_in_one_line(rules: dict[str, Any], part: str) -> None:
