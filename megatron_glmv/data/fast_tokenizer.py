@@ -125,7 +125,7 @@ def _unknown(parsed: Any) -> str:
 def _unusable_rule(parsed: Any) -> str | None:
     """A rule about the ends of the text, which a fast tokenizer has already cut at special tokens, or about characters.
 
-    The fast library's normalization with the same table works on grapheme clusters and differs in \\r\\n and combining marks.
+    The fast library's normalization with the same table works on grapheme clusters and differs in line ends and accents.
     """
     rules = parsed.normalizer_spec
     found = {

@@ -5,7 +5,8 @@ random weights are only chosen large enough that every part of it moves the logi
 
 Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py and models/glm46v/modeling_glm46v.py. `forward` refuses image and
 video in one document (both use the image token), so mixed documents are fed embeddings and positions by hand; for image-only
-documents that equals the ordinary call bit for bit. Packed rows have no reference of their own: each document runs alone, unpadded and without a cache.
+documents that equals the ordinary call bit for bit. Packed rows have no reference of their own: each document runs alone,
+unpadded and without a cache.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from megatron_glmv.config.model import PRESETS, ModelShape
 from megatron_glmv.sequence.packed import Document
 
 VARIANTS = ("digits", "grouped", "flash")
-"""digits: the preset. grouped: other head grouping, layer counts, query width, table, rotary base and sections. flash: GLM-4.6V's
-class, the rotary base of GLM-4.6V-Flash and, as there, other media tokens and fewer stops than GLM-4.1V."""
+"""digits: the preset. grouped: other head grouping, layer counts, query width, table, rotary base and sections. flash: the
+class of GLM-4.6V, the rotary base of GLM-4.6V-Flash and, as there, other media tokens and fewer stops than GLM-4.1V."""
 CONFIGS = {"glm4v": Glm4vConfig, "glm46v": Glm46VConfig}
 
 SQRT_EPSILON = math.sqrt(1e-5)
