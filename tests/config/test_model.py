@@ -163,6 +163,13 @@ def test_what_a_file_leaves_out_is_what_transformers_fills_in(kind: str, tmp_pat
     assert {name: vision[name] for name in hf} == {name: getattr(read.vision_config, key) for name, key in hf.items()}
 
 
+def test_a_flat_file_is_refused():
+    tree = copy.deepcopy(ModelConfig(preset="digits").hf_config)
+    text = tree.pop("text_config")
+    with pytest.raises(ConfigError, match=r"^here: no nested text_config / vision_config; re-save it"):
+        ModelShape.from_hf({**text, **tree}, "here")
+
+
 def test_ends_and_padding_may_stand_beside_the_text_config():
     tree = copy.deepcopy(ModelConfig(preset="digits").hf_config)
     tree |= {key: tree["text_config"].pop(key) for key in ("eos_token_id", "pad_token_id")}

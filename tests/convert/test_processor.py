@@ -1,6 +1,6 @@
 """Processor folders: found from a checkpoint, refused when they belong to another model, copied whole and nothing more.
 
-The exported folder is loaded as a client loads it: AutoProcessor and AutoModelForImageTextToText, for both classes of the family.
+The copy is loaded as a client loads it, with AutoProcessor and AutoModelForImageTextToText, for both classes of the family.
 """
 
 from __future__ import annotations
