@@ -100,6 +100,7 @@ def test_special_tokens_are_single_and_left_out_on_demand() -> None:
         ({"model_type": "bpe", **LOSSLESS, "add_dummy_prefix": True}, "trained with add_dummy_prefix"),
         ({"model_type": "unigram"}, "trained with normalization_rule_name=nmt_nfkc"),
         ({"model_type": "bpe", **LOSSLESS, "remove_extra_whitespaces": True}, "trained with remove_extra_whitespaces"),
+        ({"model_type": "bpe", **LOSSLESS, "treat_whitespace_as_suffix": True}, "trained with treat_whitespace_as_suffix"),
         ({"model_type": "bpe", **LOSSLESS, "normalization_rule_name": "nfkc"}, "trained with normalization_rule_name=nfkc"),
     ],
 )
