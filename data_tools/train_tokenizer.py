@@ -3,8 +3,8 @@
 The fast tokenizer.json is built from the pieces of the trained model, and the tool compares both on the corpus before it
 reports success: an engine that reads one file and a trainer that reads the other must see the same ids.
 
-Source: ids and template of GLM-4.1V-9B-Thinking (its tokenizer_config.json, chat_template.jinja); transformers 5.23.0,
-tokenization_utils_sentencepiece.py (merges from SentencePiece's scores); sentencepiece 0.2.3 (byte fallback).
+Source: ids and template of GLM-4.1V-9B-Thinking (its tokenizer_config.json, chat_template.jinja); sentencepiece 0.2.3 (byte
+fallback).
 """
 
 from __future__ import annotations
@@ -18,30 +18,16 @@ from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from megatron_glmv.data.fast_tokenizer import PROBES, SPACE, SPECIALS, build_fast_tokenizer, check_equal, tokenizer_config
 from megatron_glmv.data.sample import parse_sample
 
-SPECIALS = (
-    "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>",
-    "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
-    "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>", "<|image|>", "<|video|>",
-)  # fmt: skip
-"""Ids 1 to 16, left out when text is decoded without special tokens; id 0 is <unk>."""
 VISIBLE_SPECIALS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>", "<answer>", "</answer>")
-"""Ids 17 to 22: single tokens that stay in decoded text, because answers are parsed by them."""
+"""Ids 17 to 22, after `SPECIALS` (1 to 16): single tokens that stay in decoded text, because answers are parsed by them."""
 UNKNOWN = "<unk>"
-END = "<|endoftext|>"
-SPACE = "\u2581"
-"""How SentencePiece writes a space."""
 SMALLEST_VOCABULARY = 1 + len(SPECIALS) + len(VISIBLE_SPECIALS) + 256
-PROBES = (
-    "", " ", "  two  spaces ", "line\nbreak\n\n\tand tab\r\n", "0123456789 10 007 3.14", "你好，世界。数字七", "naïve café",
-    "Ωμέγα 🙂👍🏽 👩‍👩‍👧", "a<|user|>b <|image|><|image|> [gMASK]<sop>", "<think> x </think><answer>7</answer>",
-    "<|begin_of_box|>[[1,22,333,999]]<|end_of_box|>", "<unk> <0x0A> <|unknown|> <unused_0>", "\x00\x7f\ufeff\u200b", "ooo 000",
-)  # fmt: skip
-"""Texts on which both tokenizers are compared, besides the corpus."""
 NUM_COMPARED = 2000
 """Corpus texts on which both tokenizers are compared."""
 IMAGE_LIMITS = (12_544, 9_633_792)
@@ -136,49 +122,16 @@ def _without_specials(text: str) -> str:
     return text
 
 
-def build_fast_tokenizer(model: bytes) -> Tokenizer:
-    """The tokenizer of the `tokenizers` library that gives the ids of a SentencePiece BPE model.
-
-    Args:
-        model: from `train_sentencepiece`.
-    """
-    pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
-    vocabulary = {piece.piece: number for number, piece in enumerate(pieces)}
-    normal = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
-    merges = []
-    for piece, score in normal.items():
-        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
-        merges += [(score, left, right) for left, right in cuts if left in normal and right in normal]
-    merges.sort(key=lambda merge: -merge[0])
-    ranked = [(left, right) for _, left, right in merges]
-    tokenizer = Tokenizer(models.BPE(vocabulary, ranked, byte_fallback=True, fuse_unk=False))
-    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(special, normalized=False, special=True) for special in SPECIALS])
-    tokenizer.add_tokens([AddedToken(special, normalized=False, special=False) for special in VISIBLE_SPECIALS])
-    return tokenizer
-
-
-def check_equal(model: bytes, fast: Tokenizer, texts: Iterable[str]) -> int:
-    """Compare both tokenizers, and that text survives encoding and decoding.
-
-    Returns:
-        How many texts were compared.
+def check_lossless(fast: Tokenizer, texts: Iterable[str]) -> None:
+    """Check that texts survive encoding and decoding.
 
     Raises:
-        ValueError: the first text on which they differ.
+        ValueError: the first text that does not.
     """
-    slow = sentencepiece.SentencePieceProcessor(model_proto=model)
-    count = 0
     for text in texts:
-        ids = slow.encode(text)
-        if fast.encode(text, add_special_tokens=False).ids != ids:
-            raise ValueError(f"tokenizer.json and tokenizer.model give different ids for {text[:80]!r}; change --vocab-size")
-        decoded = fast.decode(ids, skip_special_tokens=False)
+        decoded = fast.decode(fast.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
         if decoded != text.replace(SPACE, " "):
             raise ValueError(f"the tokenizer writes {text[:80]!r} back as {decoded[:80]!r}")
-        count += 1
-    return count
 
 
 def write_folder(out: Path, model: bytes, fast: Tokenizer, min_pixels: int, max_pixels: int) -> None:
@@ -197,12 +150,7 @@ def write_folder(out: Path, model: bytes, fast: Tokenizer, min_pixels: int, max_
         "preprocessor_config.json": {"image_processor_type": "Glm4vImageProcessor", "size": size, **shared},
         "video_preprocessor_config.json": {"video_processor_type": "Glm4vVideoProcessor", "size": video_size, "fps": 2,
                                            **shared},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "Glm4vProcessor", "eos_token": END,
-            "pad_token": END, "padding_side": "left", "clean_up_tokenization_spaces": False, "model_max_length": 1 << 17,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "additional_special_tokens": [special for special in SPECIALS if special != END],
-        },
+        "tokenizer_config.json": tokenizer_config("Glm4vProcessor"),
     }  # fmt: skip
     for name, config in configs.items():
         (out / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -227,8 +175,9 @@ def run(args: argparse.Namespace) -> None:
     texts = list(tqdm(read_texts(args.input), desc="read", unit=" texts"))
     model = train_sentencepiece(texts, args.vocab_size)
     fast = build_fast_tokenizer(model)
-    sample = texts[:: max(1, len(texts) // NUM_COMPARED)]
-    compared = check_equal(model, fast, [*PROBES, *sample])
+    sample = [*PROBES, *texts[:: max(1, len(texts) // NUM_COMPARED)]]
+    compared = check_equal(model, fast, sample)
+    check_lossless(fast, sample)
     write_folder(args.out, model, fast, args.min_pixels, args.max_pixels)
     pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
     learned = sum(piece.type == piece.NORMAL for piece in pieces)

@@ -112,8 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plain = argparse.RawDescriptionHelpFormatter
-    checkpoint = {"type": Path, "metavar": "CHECKPOINT"}
-    folder = {"type": Path, "metavar": "HF_FOLDER"}
+    checkpoint: dict[str, Any] = {"type": Path, "metavar": "CHECKPOINT"}
+    folder: dict[str, Any] = {"type": Path, "metavar": "HF_FOLDER"}
 
     command = commands.add_parser(
         "import", help="write a Hugging Face folder as a checkpoint", description=IMPORT_HELP, formatter_class=plain

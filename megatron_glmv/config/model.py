@@ -1,6 +1,10 @@
 """The model's numbers, read from a Hugging Face ``config.json`` or a named preset, never retyped.
 
-Source: transformers 5.23.0, models/glm4v/configuration_glm4v.py (field names and meaning).
+Files come in two nested layouts: transformers 5 writes all rotary numbers into `rope_parameters`, transformers 4 wrote
+`rope_theta` and `partial_rotary_factor` beside a `rope_scaling`. Both are read as transformers 5 reads them.
+
+Source: transformers 5.23.0, models/glm4v/configuration_glm4v.py and models/glm46v/configuration_glm46v.py (names, meaning,
+defaults), modeling_rope_utils.py (`convert_rope_params_to_dict`); a file saved by transformers 4.57.1 (the older layout).
 """
 
 from __future__ import annotations
@@ -15,16 +19,31 @@ from pydantic import Field, ValidationError, model_validator
 from megatron_glmv.config.base import Config, ConfigError, one_line
 
 PRESETS = Path(__file__).parent / "presets"
-SUPPORTED = ("glm4v",)
+"""glm-4.1v-9b is GLM-4.1V-9B-Base and GLM-4.1V-9B-Thinking: one architecture, two sets of weights. glm-4.6v-flash differs from
+it in rotary base, context and tokens. digits is the quickstart's."""
+ModelType = Literal["glm4v", "glm46v"]
+"""Hugging Face's classes of the dense models; glm46v wraps the decoder and vision tower of glm4v, so both compute the same."""
 FIXED = {
     "tie_word_embeddings": False,
+    "text_config.model_type": "glm4v_text",
     "text_config.tie_word_embeddings": False,
     "text_config.hidden_act": "silu",
     "text_config.rope_parameters.rope_type": "default",
     "vision_config.hidden_act": "silu",
     "vision_config.attention_bias": False,
+    "vision_config.rope_theta": 10000.0,
+    "vision_config.rope_parameters.rope_theta": 10000.0,
 }
 """Switches of the Hugging Face configuration that this project's model knows in one position only."""
+VISION_TYPES = {"glm4v": ("glm4v_vision", "glm4v"), "glm46v": ("glm4v_vision",)}
+"""What vision_config.model_type may say. transformers 4 wrote glm4v; in glm46v, transformers 5 takes that for a whole model."""
+TOKENS = {
+    "glm4v": {"image": 151343, "video": 151344, "image_start": 151339, "image_end": 151340, "video_start": 151341,
+              "video_end": 151342},
+    "glm46v": {"image": 151343, "video": 151344, "image_start": 151339, "image_end": 151340, "video_start": 151361,
+               "video_end": 151362},
+}  # fmt: skip
+"""The ids that transformers takes where a file names none; released GLM-4.6V files name other ones."""
 Part = Literal["vision", "merger", "text"]
 
 
@@ -112,6 +131,8 @@ class SpecialTokens(Config):
 class ModelShape(Config):
     """Everything that fixes the architecture."""
 
+    model_type: ModelType = "glm4v"
+    """Which of Hugging Face's classes an exported folder names; the function is the same."""
     text: TextShape
     vision: VisionShape
     tokens: SpecialTokens
@@ -132,22 +153,53 @@ class ModelShape(Config):
             ConfigError: another model type or variant, a flat (pre-v5) file, a missing or impossible number; one line naming
                 `where`.
         """
-        kind = hf.get("model_type")
-        if kind not in SUPPORTED:
-            raise ConfigError(f"{where}: model_type {kind!r} is not supported; this project trains {', '.join(SUPPORTED)}")
-        if "text_config" not in hf or "vision_config" not in hf:
+        kind = _check_type(hf, where)
+        if not isinstance(hf.get("text_config"), dict) or not isinstance(hf.get("vision_config"), dict):
             raise ConfigError(f"{where}: no nested text_config / vision_config; re-save it with transformers >= 5")
+        text, vision = dict(hf["text_config"]), hf["vision_config"]
+        text["rope_parameters"] = _rotary(text)
         for path, value in FIXED.items():
-            found = _find(hf, path)
+            found = _find({**hf, "text_config": text}, path)
             if found not in (None, value):
                 raise ConfigError(f"{where}: {path} is {found!r}; only {value!r}, as in every released GLM-4.1V, is supported")
-        text, vision = hf["text_config"], hf["vision_config"]
         try:
-            return cls(text=_text_shape(text), vision=_vision_shape(vision), tokens=_special_tokens(hf, text))
+            return cls(
+                model_type=kind,
+                text=_text_shape(text, where),
+                vision=_vision_shape(vision),
+                tokens=_special_tokens(hf, text, TOKENS[kind]),
+            )
         except KeyError as error:
             raise ConfigError(f"{where}: the key {error.args[0]!r} is missing") from None
         except ValidationError as error:
             raise ConfigError(one_line(error, where)) from None
+
+
+def _check_type(hf: dict[str, Any], where: str) -> ModelType:
+    """The model type of a dense member of the family."""
+    kind, text_type = hf.get("model_type"), str(_find(hf, "text_config.model_type"))
+    for name, found in (("model_type", str(kind)), ("text_config.model_type", text_type)):
+        if found.startswith(("glm4v_moe", "glm46v_moe")):
+            raise ConfigError(
+                f"{where}: {name} {found!r} is a mixture of experts (GLM-4.5V, GLM-4.6V), which this project does not have; "
+                f"it trains the dense models, {' and '.join(TOKENS)}"
+            )
+    if kind != "glm4v" and kind != "glm46v":
+        raise ConfigError(f"{where}: model_type {kind!r} is not supported; this project trains {' and '.join(TOKENS)}")
+    vision_type = _find(hf, "vision_config.model_type")
+    if vision_type is not None and vision_type not in VISION_TYPES[kind]:
+        raise ConfigError(f"{where}: vision_config.model_type is {vision_type!r}; a {kind} model has {VISION_TYPES[kind][0]!r}")
+    return kind
+
+
+def _rotary(text: dict[str, Any]) -> dict[str, Any] | None:
+    """The decoder's rotary parameters in the layout of transformers 5; None when the file says nothing about them."""
+    named = text.get("rope_scaling") or text.get("rope_parameters")
+    beside = {key: text[key] for key in ("rope_theta", "partial_rotary_factor") if text.get(key) is not None}
+    if not named and not beside:
+        return None
+    rope = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "mrope_section": [8, 12, 12], **beside, **(named or {})}
+    return {"rope_type": rope.get("type", "default"), **rope}
 
 
 def _find(tree: Any, path: str) -> Any:
@@ -157,14 +209,16 @@ def _find(tree: Any, path: str) -> Any:
     return tree
 
 
-def _text_shape(text: dict[str, Any]) -> TextShape:
+def _text_shape(text: dict[str, Any], where: str) -> TextShape:
     head_dim = text["hidden_size"] // text["num_attention_heads"]
-    if text.get("head_dim", head_dim) != head_dim:
+    if (text.get("head_dim") or head_dim) != head_dim:
         raise ConfigError(
-            f"text_config.head_dim: {text['head_dim']} is not hidden_size / num_attention_heads = {head_dim}; "
+            f"{where}: text_config.head_dim: {text['head_dim']} is not hidden_size / num_attention_heads = {head_dim}; "
             "transformers' Glm4vTextAttention computes with the latter"
         )
     rope = text["rope_parameters"]
+    if rope is None:
+        raise KeyError("rope_parameters")
     return TextShape(
         num_layers=text["num_hidden_layers"],
         hidden_size=text["hidden_size"],
@@ -173,7 +227,7 @@ def _text_shape(text: dict[str, Any]) -> TextShape:
         num_kv_heads=text["num_key_value_heads"],
         head_dim=head_dim,
         vocab_size=text["vocab_size"],
-        norm_epsilon=text["rms_norm_eps"],
+        norm_epsilon=text.get("rms_norm_eps", 1e-5),
         rotary_base=rope["rope_theta"],
         rotary_dim=int(head_dim * rope["partial_rotary_factor"]),
         mrope_section=tuple(rope["mrope_section"]),
@@ -187,32 +241,25 @@ def _vision_shape(vision: dict[str, Any]) -> VisionShape:
         hidden_size=vision["hidden_size"],
         ffn_hidden_size=vision["out_hidden_size"],
         num_heads=vision["num_heads"],
-        norm_epsilon=vision["rms_norm_eps"],
+        norm_epsilon=vision.get("rms_norm_eps", 1e-5),
         patch_size=vision["patch_size"],
-        temporal_patch_size=vision["temporal_patch_size"],
-        spatial_merge_size=vision["spatial_merge_size"],
+        temporal_patch_size=vision.get("temporal_patch_size", 2),
+        spatial_merge_size=vision.get("spatial_merge_size", 2),
         position_grid=vision["image_size"] // vision["patch_size"],
         out_hidden_size=vision["out_hidden_size"],
         merger_ffn_hidden_size=vision["intermediate_size"],
-        in_channels=vision["in_channels"],
+        in_channels=vision.get("in_channels", 3),
     )
 
 
-def _special_tokens(hf: dict[str, Any], text: dict[str, Any]) -> SpecialTokens:
-    eos = text.get("eos_token_id", hf.get("eos_token_id"))
-    pad = text.get("pad_token_id", hf.get("pad_token_id"))
-    if eos is None or pad is None:
-        raise KeyError("eos_token_id" if eos is None else "pad_token_id")
-    return SpecialTokens(
-        image=hf["image_token_id"],
-        video=hf["video_token_id"],
-        image_start=hf["image_start_token_id"],
-        image_end=hf["image_end_token_id"],
-        video_start=hf["video_start_token_id"],
-        video_end=hf["video_end_token_id"],
-        pad=pad,
-        eos=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-    )
+def _special_tokens(hf: dict[str, Any], text: dict[str, Any], defaults: dict[str, int]) -> SpecialTokens:
+    named: dict[str, Any] = {key: text.get(key, hf.get(key)) for key in ("eos_token_id", "pad_token_id")}
+    for key, value in named.items():
+        if value is None:
+            raise KeyError(key)
+    eos = named["eos_token_id"]
+    media = {name: hf.get(f"{name}_token_id", default) for name, default in defaults.items()}
+    return SpecialTokens(**media, pad=named["pad_token_id"], eos=tuple(eos) if isinstance(eos, list | tuple) else (eos,))
 
 
 class ModelConfig(Config):

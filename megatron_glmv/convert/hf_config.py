@@ -1,8 +1,8 @@
 """The JSON files of a Hugging Face folder that follow from the architecture.
 
-Source: transformers 5.23.0, models/glm4v/configuration_glm4v.py. Everything is written nested and in full: a flat file, or one
-without all rotary parameters, loads without an error and computes something else; the dtype of a loaded model follows
-`dtype`, not the files.
+Source: transformers 5.23.0, models/glm4v/configuration_glm4v.py and models/glm46v/configuration_glm46v.py. Everything is
+written nested and in full: a flat file, or one without all rotary parameters, loads without an error and computes something
+else; the dtype of a loaded model follows `dtype`, not the files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_glmv.config.model import ModelShape
+
+ARCHITECTURES = {"glm4v": "Glm4vForConditionalGeneration", "glm46v": "Glm46VForConditionalGeneration"}
+"""The model class that a model type stands for."""
 
 
 def config_json(shape: ModelShape, dtype: str) -> dict[str, Any]:
@@ -21,8 +24,8 @@ def config_json(shape: ModelShape, dtype: str) -> dict[str, Any]:
     """
     tokens = shape.tokens
     return {
-        "architectures": ["Glm4vForConditionalGeneration"],
-        "model_type": "glm4v",
+        "architectures": [ARCHITECTURES[shape.model_type]],
+        "model_type": shape.model_type,
         "dtype": dtype,
         "tie_word_embeddings": False,
         "image_token_id": tokens.image,

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemWriter, Metadata
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     StorageMeta,
@@ -90,7 +91,9 @@ def write_tensors(
             raise error.__context__ from None
         raise
     items = [item for plan in plans for item, _ in plan]
-    described = {name: _describe(items, name) for name in dict.fromkeys(item.index.fqn for item in items)}
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+        name: _describe(items, name) for name in dict.fromkeys(item.index.fqn for item in items)
+    }
     writer.finish(Metadata(state_dict_metadata=described, storage_meta=StorageMeta()), results)
     torch.save({}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1, "torch", 1), str(folder))

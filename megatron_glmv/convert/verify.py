@@ -94,11 +94,9 @@ def compare(hf_folder: Path, checkpoint: Path, stored: Stored, progress: Progres
         different = dict(different_tensors(weights, stored, shape, lambda done: progress("tensors", done / num_bytes)))
         files = hashes.result()
     share = 1 / len(_units(manifest["shape"]))
-    runs = [
-        run_transformers(hf_folder, weights, shape, lambda unit: progress("transformers", share)),
-        run_megatron(stored, shape, lambda unit: progress("Megatron", share)),
-    ]
-    logits, stages = _logit_differences(*runs, make_probe(shape).lengths), _stage_differences(*runs)
+    reference = run_transformers(hf_folder, weights, shape, lambda unit: progress("transformers", share))
+    found = run_megatron(stored, shape, lambda unit: progress("Megatron", share))
+    logits, stages = _logit_differences(reference, found, make_probe(shape).lengths), _stage_differences(reference, found)
     return Parity(
         checkpoint={key: manifest.get(key) for key in ("step", "layout", "dtype", "commit")}
         | {"name": checkpoint.name.removesuffix(".partial")},

@@ -17,22 +17,26 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_glmv.config.base import validate
+from megatron_glmv.config.base import InputError, validate
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.training import TrainConfig
-from megatron_glmv.convert import hf_export
-from megatron_glmv.convert.command import newest_checkpoint, run
+from megatron_glmv.convert.checkpoint_folder import find
+from megatron_glmv.convert.command import run_export
 from megatron_glmv.convert.hf_export import export_checkpoint
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.mapping import MappingError, hf_names
+from megatron_glmv.convert.processor import ProcessorError
+from tests.convert.test_processor import RELEASED, WRITERS
 from tests.model import oracle
 from tests.ranks import run_ranks
 
-PROCESSOR_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 LAYOUTS = {
     "fp32": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "overlap": False},
     "bf16": {"tensor": 4, "overlap": False},
+    "flash": {"tensor": 2, "pipeline": 2, "overlap": False},
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "flash": torch.float32}
+VARIANTS = {"fp32": "digits", "bf16": "digits", "flash": "flash"}
 
 
 def _save(rank, folder):
@@ -44,21 +48,22 @@ def _save(rank, folder):
     from megatron_glmv.training.checkpoint import Checkpointer
     from megatron_glmv.training.state import TrainState
 
-    for dtype, layout in LAYOUTS.items():
+    for name, layout in LAYOUTS.items():
+        variant = VARIANTS[name]
         tree = {
-            "run_folder": folder / dtype,
+            "run_folder": folder / name,
             "steps": 30,
             "global_batch_rows": 4,
-            "model": {"preset": "digits"},
+            "model": {"hf_folder": folder / variant, "load_weights": False},
             "parallel": layout,
-            "precision": {"dtype": dtype, "layers": "torch"},
+            "precision": {"dtype": "bf16" if name == "bf16" else "fp32", "layers": "torch"},
             "data": {"sequence_length": 64, "sources": [{"name": "a", "path": "unused"}]},
             "optimizer": {"lr": 0.0},
         }
         config = validate(TrainConfig, tree)
         groups.initialize(config.parallel, config.seed)
         models = assemble_model(config)
-        from_state_dict(models, oracle.random_model("digits", seed=3).state_dict(), config.model.shape)
+        from_state_dict(models, oracle.random_model(variant, seed=3).state_dict(), config.model.shape)
         assembly = assemble(config, models)
         for chunk in assembly.chunks:
             chunk.zero_grad_buffer()
@@ -73,23 +78,22 @@ def _save(rank, folder):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
+    for variant, write_processor in WRITERS.items():
+        write_processor(folder / variant)
+        (folder / variant / "config.json").write_text(json.dumps(oracle.hf_config(variant)), encoding="utf-8")
     run_ranks(_save, 4, folder, timeout_s=300)
     return folder
 
 
 @pytest.fixture
-def processor(tmp_path):
-    folder = tmp_path / "processor"
-    folder.mkdir()
-    for name in (*PROCESSOR_FILES, "notes.txt", "model.py"):
-        (folder / name).write_text("{}", encoding="utf-8")
-    return folder
+def processor(runs, tmp_path):
+    return shutil.copytree(runs / "digits", tmp_path / "processor")
 
 
 @pytest.fixture
 def checkpoint(runs, tmp_path):
     """A private copy of the fp32 run's newest checkpoint, to be spoilt."""
-    return shutil.copytree(newest_checkpoint(runs / "fp32"), tmp_path / "step_00000020")
+    return shutil.copytree(find(runs / "fp32"), tmp_path / "step_00000020")
 
 
 LOAD = """
@@ -97,7 +101,8 @@ import sys, torch
 from transformers import AutoModelForImageTextToText
 model, loading = AutoModelForImageTextToText.from_pretrained(sys.argv[1], output_loading_info=True, dtype="auto")
 assert not any(loading.values()), loading
-torch.save({"dtype": model.dtype, "weights": model.state_dict(), "buffers": dict(model.named_buffers())}, sys.argv[2])
+torch.save({"class": type(model).__name__, "dtype": model.dtype,
+            "weights": model.state_dict(), "buffers": dict(model.named_buffers())}, sys.argv[2])
 """
 
 
@@ -108,23 +113,24 @@ def _load(folder):
     return torch.load(result)
 
 
-@pytest.mark.parametrize("dtype", LAYOUTS)
-def test_exported_folder_is_the_model(runs, processor, tmp_path, dtype):
-    """Equal weights and equal buffers of the same class: with them the logits are equal."""
-    assert run(runs / dtype, tmp_path / "hf", processor) == 0
-    loaded, expected = _load(tmp_path / "hf"), oracle.random_model("digits", seed=3)
-    assert loaded["dtype"] == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_exported_folder_is_the_model(runs, tmp_path, name):
+    """Equal weights and equal buffers of the same class: with them the logits are equal. The processor is the run's own."""
+    assert run_export(runs / name, tmp_path / "hf") == 0
+    loaded, expected = _load(tmp_path / "hf"), oracle.random_model(VARIANTS[name], seed=3)
+    assert loaded["class"] == type(expected).__name__
+    assert loaded["dtype"] == DTYPES[name]
     assert loaded["weights"].keys() == expected.state_dict().keys()
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(loaded["weights"][name], tensor.to(loaded["dtype"])), name
-    for name, buffer in expected.named_buffers():
-        assert torch.equal(loaded["buffers"][name], buffer), name
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(loaded["weights"][key], tensor.to(loaded["dtype"])), key
+    for key, buffer in expected.named_buffers():
+        assert torch.equal(loaded["buffers"][key], buffer), key
 
 
 def test_exported_folder_holds_what_a_released_one_holds(runs, processor, tmp_path):
-    report = export_checkpoint(newest_checkpoint(runs / "fp32"), tmp_path / "hf", processor)
+    report = export_checkpoint(find(runs / "fp32"), tmp_path / "hf", processor)
     names = {path.name for path in (tmp_path / "hf").iterdir()}
-    assert names == {*PROCESSOR_FILES, "config.json", "generation_config.json", "model.safetensors"}
+    assert names == {*RELEASED, "config.json", "tokenizer.model", "model.safetensors"}
     tree = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
     assert ModelShape.from_hf(tree, "hf") == oracle.model_shape("digits")
     assert tree["text_config"]["rope_parameters"]["mrope_section"] == [2, 3, 3]
@@ -135,7 +141,7 @@ def test_exported_folder_holds_what_a_released_one_holds(runs, processor, tmp_pa
 
 def test_small_shards_have_an_index(runs, processor, tmp_path):
     limit = 500_000
-    export_checkpoint(newest_checkpoint(runs / "fp32"), tmp_path / "hf", processor, max_shard_bytes=limit)
+    export_checkpoint(find(runs / "fp32"), tmp_path / "hf", processor, max_shard_bytes=limit)
     shards = sorted((tmp_path / "hf").glob("model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert len(shards) > 5
@@ -149,16 +155,16 @@ def test_small_shards_have_an_index(runs, processor, tmp_path):
 
 
 def test_newest_complete_checkpoint_is_taken(runs, tmp_path):
-    assert newest_checkpoint(runs / "fp32").name == "step_00000020"
+    assert find(runs / "fp32").name == "step_00000020"
     run_folder = shutil.copytree(runs / "fp32", tmp_path / "run")
     (run_folder / "checkpoints" / "step_00000020" / "meta.json").unlink()
-    assert newest_checkpoint(run_folder).name == "step_00000009"
-    with pytest.raises(MappingError, match="holds no complete checkpoint"):
-        newest_checkpoint(tmp_path / "nothing")
+    assert find(run_folder).name == "step_00000009"
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        find(tmp_path / "nothing")
 
 
 def _fails(checkpoint, processor, folder, message):
-    with pytest.raises(MappingError, match=message) as failure:
+    with pytest.raises((MappingError, ProcessorError), match=message) as failure:
         export_checkpoint(checkpoint, folder, processor)
     assert "\n" not in str(failure.value)
     assert not folder.exists()
@@ -169,15 +175,13 @@ def test_existing_folder_is_not_touched(runs, processor, tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "mine").write_text("mine", encoding="utf-8")
-    with pytest.raises(MappingError, match="hf: exists already"):
-        export_checkpoint(newest_checkpoint(runs / "fp32"), folder, processor)
+    with pytest.raises(InputError, match="hf: exists already"):
+        export_checkpoint(find(runs / "fp32"), folder, processor)
     assert [path.name for path in folder.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("name", PROCESSOR_FILES)
-def test_missing_processor_file_is_named(checkpoint, processor, tmp_path, name):
-    (processor / name).unlink()
-    _fails(checkpoint, processor, tmp_path / "hf", f"no {name}")
+def test_processor_of_the_relative_is_refused_before_anything_is_written(checkpoint, runs, tmp_path):
+    _fails(checkpoint, runs / "flash", tmp_path / "hf", r"<\|image\|> has id 21, the model was trained with 15")
 
 
 def test_truncated_checkpoint_is_named(checkpoint, processor, tmp_path):
@@ -236,7 +240,3 @@ def test_leftovers_of_a_killed_export_are_replaced(checkpoint, processor, tmp_pa
     export_checkpoint(checkpoint, tmp_path / "hf", processor)
     assert not (tmp_path / "hf.partial").exists()
     assert not (tmp_path / "hf" / "model-00001-of-00009.safetensors").exists()
-
-
-def test_only_known_processor_files_are_copied():
-    assert not [name for name in hf_export.PROCESSOR_FILES if name.endswith((".py", ".safetensors", ".bin"))]

@@ -14,7 +14,7 @@ from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.mapping import MappingError
 from tests.model import oracle
 
-PRESET_NAMES = ("digits", "glm-4.1v-9b")
+PRESET_NAMES = ("digits", "glm-4.1v-9b", "glm-4.6v-flash")
 NINE_BILLION_TINY = {
     "text": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 108, "head_dim": 4, "vocab_size": 148, "rotary_dim": 2},
     "vision": {
@@ -48,7 +48,7 @@ def shape(request):
     return SHAPES[request.param]
 
 
-@pytest.mark.parametrize(("preset", "tensors"), zip(PRESET_NAMES, (82, 704), strict=True))
+@pytest.mark.parametrize(("preset", "tensors"), zip(PRESET_NAMES, (82, 704, 704), strict=True))
 def test_names_and_shapes_are_those_of_transformers(preset, tensors):
     model_config = ModelConfig(preset=preset)
     with torch.device("meta"):

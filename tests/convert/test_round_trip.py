@@ -283,7 +283,6 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
         _fails(lambda: run_import(folder / "hf_fp32", tmp_path / "checkpoint"), tmp_path / "checkpoint", "cannot be written")
-        _fails(lambda: run_export(folder / "fp32", tmp_path / "hf2"), tmp_path / "hf2", "cannot be written")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -294,12 +293,10 @@ def test_a_disk_that_is_too_small_is_seen_before(folder: Path, tmp_path: Path, m
     _fails(lambda: run_import(folder / "hf_fp32", tmp_path / "checkpoint"), tmp_path / "checkpoint", "the disk has 0.0 GB free")
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_what_exists_is_not_touched(folder: Path, tmp_path: Path, command: str, capsys) -> None:
+def test_what_exists_is_not_touched(folder: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
-    source = folder / {"import": "hf_fp32", "export": "fp32"}[command]
-    assert main([command, str(source), str(tmp_path / "mine")]) == 1
+    assert main(["import", str(folder / "hf_fp32"), str(tmp_path / "mine")]) == 1
     assert "mine: exists already" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
 
@@ -307,12 +304,6 @@ def test_what_exists_is_not_touched(folder: Path, tmp_path: Path, command: str, 
 class _Harmful:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code of a checkpoint was executed')",))
-
-
-def test_code_in_a_checkpoint_is_not_run(folder: Path, tmp_path: Path) -> None:
-    checkpoint = shutil.copytree(folder / "checkpoint_fp32", tmp_path / "checkpoint")
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(_Harmful()))
-    _fails(lambda: run_export(checkpoint, tmp_path / "hf"), tmp_path / "hf", "it holds a builtins.exec")
 
 
 def test_code_in_a_folder_is_not_run(hf: Path, tmp_path: Path, capsys) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_tools.train_tokenizer import build_fast_tokenizer, train_sentencepiece, write_folder
+from data_tools.train_tokenizer import train_sentencepiece, write_folder
+from megatron_glmv.data.fast_tokenizer import build_fast_tokenizer
 
 SENTENCES = ["Read the digits.", "How many digits are there?", "What is the sum of the digits?", "Where is the digit 7?",
              "You answer briefly.", "<|begin_of_box|>[[12,345,678,999]]<|end_of_box|>"]  # fmt: skip

@@ -3,9 +3,10 @@
 transformers is the definition of the function that this project's model must compute, so nothing here restates the model: the
 random weights are only chosen large enough that every part of it moves the logits.
 
-Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py. `forward` refuses image and video in one document (both use the
-image token), so mixed documents are fed embeddings and positions by hand; for image-only documents that equals the ordinary
-call bit for bit. Packed rows have no reference of their own: each document runs alone, unpadded and without a cache.
+Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py and models/glm46v/modeling_glm46v.py. `forward` refuses image and
+video in one document (both use the image token), so mixed documents are fed embeddings and positions by hand; for image-only
+documents that equals the ordinary call bit for bit. Packed rows have no reference of their own: each document runs alone,
+unpadded and without a cache.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Glm4vConfig, Glm4vForConditionalGeneration, Glm46VConfig
 
 from megatron_glmv.config.model import PRESETS, ModelShape
 from megatron_glmv.sequence.packed import Document
 
-VARIANTS = ("digits", "grouped")
-"""digits: the preset. grouped: other head grouping, layer counts, query width, table, rotary base and sections."""
+VARIANTS = ("digits", "grouped", "flash")
+"""digits: the preset. grouped: other head grouping, layer counts, query width, table, rotary base and sections. flash: the
+class of GLM-4.6V, the rotary base of GLM-4.6V-Flash and, as there, other media tokens and fewer stops than GLM-4.1V."""
+CONFIGS = {"glm4v": Glm4vConfig, "glm46v": Glm46VConfig}
 
 SQRT_EPSILON = math.sqrt(1e-5)
 
@@ -53,6 +56,12 @@ _GROUPED_VISION = {
     "image_size": 84,
     "out_hidden_size": 144,
     "intermediate_size": 168,
+}
+_FLASH = {
+    "model_type": "glm46v",
+    "architectures": ["Glm46VForConditionalGeneration"],
+    "image_token_id": 21,
+    "video_token_id": 22,
 }
 
 
@@ -117,6 +126,10 @@ def hf_config(variant: str) -> dict[str, Any]:
     if variant == "grouped":
         tree["text_config"].update(copy.deepcopy(_GROUPED_TEXT))
         tree["vision_config"].update(_GROUPED_VISION)
+    elif variant == "flash":
+        tree.update(_FLASH)
+        tree["text_config"]["eos_token_id"] = [1, 8, 10]
+        tree["text_config"]["rope_parameters"]["rope_theta"] = 500000.0
     elif variant != "digits":
         raise ValueError(f"variant {variant!r}; there are {', '.join(VARIANTS)}")
     return tree
@@ -139,8 +152,9 @@ def random_model(
             than 1; on ordinary weights it cannot be seen.
         attention: transformers' attention implementation, sdpa or eager.
     """
-    config = Glm4vConfig(**hf_config(variant))
-    model = Glm4vForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=torch.float32)
+    tree = hf_config(variant)
+    config = CONFIGS[tree["model_type"]](**tree)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     small = SQRT_EPSILON if epsilon_probe else 1.0
     with torch.no_grad():

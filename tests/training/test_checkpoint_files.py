@@ -121,6 +121,13 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
         folders.read_manifest(folder)
 
 
+def test_a_manifest_that_names_no_model_type_is_glm4v(tmp_path: Path) -> None:
+    folder = save(tmp_path, 5)
+    manifest = folders.read_manifest(folder)
+    del manifest["shape"]["model_type"]
+    folders.check_architecture(folder, manifest, make_config(tmp_path))
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path) -> None:
     kept = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"needs 1000000000\.0 GB and the disk has .* older checkpoints are untouched"):
