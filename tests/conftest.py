@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-PARITY_PACKAGES = Path(sys.prefix) / "parity"
+from tests.ranks import PARITY_PACKAGES
 
 
 @cache
@@ -35,18 +35,18 @@ def torchvision_shim() -> Iterator[ModuleType]:
     Import transformers inside the test (or in a fixture that asks for this one): one imported before has already decided that
     there is no torchvision. Outside such a module pytest, and ranks that it spawns, never see torchvision.
     """
-    if not (PARITY_PACKAGES / "torchvision").is_dir():
+    if not (Path(PARITY_PACKAGES) / "torchvision").is_dir():
         pytest.fail(f"no torchvision in {PARITY_PACKAGES}; `bash tests/run.sh` installs it there")
     without = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "transformers"}
     for name in without:
         del sys.modules[name]
-    sys.path.append(str(PARITY_PACKAGES))
+    sys.path.append(PARITY_PACKAGES)
     try:
         if torch.version.cuda is None:
             _declare_torchvision_operators()
         yield importlib.import_module("torchvision")
     finally:
-        sys.path.remove(str(PARITY_PACKAGES))
+        sys.path.remove(PARITY_PACKAGES)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
         sys.modules.update(without)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PARITY_PACKAGES = str(Path(sys.prefix) / "parity")
 GRACE_S = 5.0
 TAIL_CHARS = 4000
 
@@ -103,7 +104,8 @@ def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *(entry for entry in sys.path if entry)]),
+        # Without the packages that the fixture torchvision_shim adds for pytest's own process: a rank has no shim.
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *(entry for entry in sys.path if entry and entry != PARITY_PACKAGES)]),
         **extra,
     }
     with (folder / f"output_{rank}.txt").open("wb") as output:

@@ -125,7 +125,7 @@ def test_a_manifest_that_names_no_model_type_is_glm4v(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     manifest = folders.read_manifest(folder)
     del manifest["shape"]["model_type"]
-    folders.check_architecture(folder, manifest, make_config(tmp_path))
+    folders.check_architecture(folder, manifest, make_config(tmp_path).model.shape)
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path) -> None:
