@@ -60,7 +60,7 @@ def main(overrides: Sequence[str]) -> None:
         row = ("--processor", PROCESSOR, "--length", str(LENGTH), "--align", str(ALIGN))
         phases.run("pack", "glmv-data", "pack", RAW / f"{split}.jsonl", ROWS / split, *row)
     phases.run("train", "glmv", "train", CONFIG, *overrides, "--ranks", "4")
-    phases.run("export", "glmv", "export", TRAIN, HF, "--processor", PROCESSOR)
+    phases.run("export", "glmv", "export", TRAIN, HF)
     os.environ["OMP_NUM_THREADS"] = str(os.cpu_count() or 1)
     phases.run("evaluate", "python", "examples/quickstart_evaluate.py", HF, RAW / "eval.jsonl", EVALUATION)
     summary = summarize(phases.seconds)
