@@ -43,7 +43,8 @@ the run has one rank. A run folder that holds a complete checkpoint is resumed f
 """
 EXPORT_HELP = """\
 Writes config.json, the weights as safetensors and the processor's files: a folder that transformers loads. The layout the
-checkpoint was trained in does not matter.
+checkpoint was trained in does not matter. A checkpoint with adapters (model.lora) is written with its adapters merged into the
+weights; with --adapter, the adapters alone are written as a folder that peft loads on the Hugging Face model.
 """
 
 
@@ -100,8 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
     command.add_argument("folder", type=Path, metavar="HF_FOLDER", help="folder to write")
     command.add_argument(
-        "--processor", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer, chat template and image limits"
+        "--processor", type=Path, metavar="FOLDER", help="folder with tokenizer, chat template and image limits; needed for weights"
     )
+    command.add_argument("--adapter", action="store_true", help="write the adapters alone, as a PEFT folder")
     command.set_defaults(call=_export)
     return parser
 
@@ -179,6 +181,10 @@ def _start_ranks(ranks: int, items: Sequence[str], run_folder: Path) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     command = importlib.import_module("megatron_glmv.convert.command")
+    if arguments.adapter:
+        return command.run_adapter(arguments.checkpoint, arguments.folder)
+    if arguments.processor is None:
+        raise ConfigError("--processor: an exported model needs tokenizer, chat template and image limits; name their folder")
     return command.run(arguments.checkpoint, arguments.folder, arguments.processor)
 
 

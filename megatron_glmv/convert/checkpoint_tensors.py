@@ -2,6 +2,7 @@
 
 Megatron stores the layers of a tower as one tensor with a leading layer axis, cut into the chunks that the ranks saved, and a
 gated product as [gate; up] whatever the tensor-parallel size was, so a Megatron name is a key and perhaps a layer of it.
+Adapters, which not every layer needs to have, are stored layer by layer.
 
 Source: megatron-core 0.16.1, transformer/transformer_block.py (`sharded_state_dict`), dist_checkpointing/strategies/torch.py;
 torch 2.13.0, distributed/checkpoint/filesystem.py.
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.mapping import MappingError, check_names, entry, megatron_names
+from megatron_glmv.model.lora import ADAPTER, has_adapter
 
 _LAYER = re.compile(r"(?<=\.layers)\.(\d+)(?=\.)")
 _MODULES = ("vision_model.", "vision_projection.", "language_model.")
@@ -50,6 +52,9 @@ _PLAIN_CLASSES = {
 class CheckpointTensors:
     """The model's tensors of one checkpoint.
 
+    Attributes:
+        adapters: names of the adapters' tensors in the whole model, <module>.adapter.lora_A and .lora_B; none without LoRA.
+
     Args:
         folder: of one complete checkpoint.
         shape: the architecture that it was saved with.
@@ -64,15 +69,17 @@ class CheckpointTensors:
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
-            key: stored
+            _adapter_name(key) if has_adapter(key) else key: (key, stored)
             for key, stored in metadata.state_dict_metadata.items()
             if key.startswith(_MODULES) and isinstance(stored, TensorStorageMetadata)
         }
-        check_names(self._stored, {_LAYER.sub("", name) for name in megatron_names(shape)}, str(folder))
+        self.adapters = {name for name in self._stored if has_adapter(name)}
+        weights = self._stored.keys() - self.adapters
+        check_names(weights, {_LAYER.sub("", name) for name in megatron_names(shape)}, str(folder))
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a Megatron parameter was saved."""
-        return self._stored[_LAYER.sub("", name)].properties.dtype
+        return self._stored[_LAYER.sub("", name)][1].properties.dtype
 
     def read(self, name: str) -> Tensor:
         """One unsharded Megatron tensor.
@@ -80,9 +87,22 @@ class CheckpointTensors:
         Raises:
             MappingError: it has another shape than the architecture, or its chunks are missing or cut off.
         """
-        key, full = _LAYER.sub("", name), entry(name, self.shape).shape
-        stored, layer = self._stored[key], _LAYER.search(name)
-        offsets, sizes = ([int(layer[1])], [1]) if layer else ([], [])
+        layer = _LAYER.search(name)
+        return self._read(_LAYER.sub("", name), name, entry(name, self.shape).shape, int(layer[1]) if layer else None)
+
+    def read_adapter(self, name: str, full: tuple[int, ...]) -> Tensor:
+        """One unsharded tensor of `adapters`, which must have the shape `full`.
+
+        Raises:
+            MappingError: as `read`, or the checkpoint has no such adapter.
+        """
+        if name not in self.adapters:
+            raise MappingError(f"{self.folder}: missing {name}")
+        return self._read(name, name, full, None)
+
+    def _read(self, stored_name: str, name: str, full: tuple[int, ...], layer: int | None) -> Tensor:
+        key, stored = self._stored[stored_name]
+        offsets, sizes = ([], []) if layer is None else ([layer], [1])
         offsets, sizes = [*offsets, *[0] * len(full)], [*sizes, *full]
         if len(stored.size) != len(sizes) or list(stored.size[-len(full) :]) != list(full):
             raise MappingError(
@@ -98,6 +118,11 @@ class CheckpointTensors:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise MappingError(f"{self.folder}: {name} cannot be read ({' '.join(str(error).split())[:200]})") from error
         return target.reshape(full)
+
+
+def _adapter_name(key: str) -> str:
+    """The name in the whole model of an adapter's tensor, whose key has the layer's number behind the adapter's name."""
+    return re.sub(rf"\.layers\.(.*\.{ADAPTER})\.(\d+)\.", r".layers.\2.\1.", key)
 
 
 class _IntoTensor(DefaultLoadPlanner):

@@ -6,8 +6,9 @@ import re
 import time
 from pathlib import Path
 
-from megatron_glmv.convert.hf_export import export_checkpoint
+from megatron_glmv.convert.hf_export import checkpoint_shape, export_checkpoint
 from megatron_glmv.convert.mapping import MappingError
+from megatron_glmv.convert.peft_export import export_adapters
 
 
 def run(checkpoint: Path, folder: Path, processor: Path) -> int:
@@ -30,6 +31,27 @@ def run(checkpoint: Path, folder: Path, processor: Path) -> int:
     print(
         f"{report.folder}: {report.num_tensors} tensors, {report.num_parameters:,} parameters in {report.dtype} from {source} "
         f"in {time.monotonic() - started:.1f} s"
+    )
+    return 0
+
+
+def run_adapter(checkpoint: Path, folder: Path) -> int:
+    """Export the adapters alone, as a PEFT folder, and print what was written.
+
+    Args:
+        checkpoint: one complete checkpoint, or a run's folder: its newest one.
+        folder: PEFT folder to write; must not exist.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        MappingError: one line that names the file, folder or tensor at fault.
+    """
+    source = newest_checkpoint(checkpoint)
+    report = export_adapters(source, folder, checkpoint_shape(source))
+    print(
+        f"{report.folder}: {report.num_adapters} adapters, {report.num_parameters:,} parameters in {report.dtype} from {source}"
     )
     return 0
 

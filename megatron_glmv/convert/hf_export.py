@@ -20,9 +20,9 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
 from megatron_glmv.convert.hf_config import config_json, generation_config_json
 from megatron_glmv.convert.hf_folder import write_weights
+from megatron_glmv.convert.lora import open_weights
 from megatron_glmv.convert.mapping import MappingError, entries, hf_names, join_ranks, split_of, to_hf
 from megatron_glmv.convert.parameters import Owner, local_parameters, pipeline_owners
 from megatron_glmv.parallel import platform
@@ -133,8 +133,8 @@ def export_checkpoint(
     if hf_folder.exists():
         raise MappingError(f"{hf_folder}: exists already; remove it or choose another folder")
     processor_files = _processor_files(processor_folder)
-    shape = _checkpoint_shape(checkpoint_folder)
-    stored = CheckpointTensors(checkpoint_folder, shape)
+    shape = checkpoint_shape(checkpoint_folder)
+    stored = open_weights(checkpoint_folder, shape)
     partial = hf_folder.with_name(hf_folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -160,8 +160,12 @@ def export_checkpoint(
     return ExportReport(hf_folder, len(dtypes), num_parameters, dtype)
 
 
-def _checkpoint_shape(folder: Path) -> ModelShape:
-    """The architecture that a checkpoint's manifest names."""
+def checkpoint_shape(folder: Path) -> ModelShape:
+    """The architecture that a checkpoint's manifest names.
+
+    Raises:
+        MappingError: no manifest, or not one of a checkpoint.
+    """
     path = folder / "meta.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))["shape"]

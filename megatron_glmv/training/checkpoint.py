@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_files import CheckpointError
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
@@ -162,7 +163,7 @@ class Checkpointer:
         if same_layout:
             tree["random"] = self._random_shard(None)
         loaded = _load(tree, folder)
-        self._load_model(loaded, folder)
+        self._load_model(loaded, folder, wanted=tree)
         try:
             self._optimizer.load_state_dict(loaded["optimizer"])
         except _FAILURES as error:
@@ -178,16 +179,22 @@ class Checkpointer:
     def load_weights_only(self, path: Path) -> None:
         """Start from the weights of another run (``checkpoint.start_from``), in any layout and precision.
 
+        A run with adapters starts them anew on a checkpoint without any.
+
         Args:
             path: a run's folder or one complete checkpoint.
 
         Raises:
-            CheckpointError: no checkpoint there, unreadable, or of another architecture.
+            CheckpointError: no checkpoint there, unreadable, or of another architecture, or with other adapters.
         """
         folder = files.find(path)
         _check_same_everywhere(folder)
-        files.check_architecture(folder, files.read_manifest(folder), self._config)
-        self._load_model(_load(self._model_state_dict(), folder), folder)
+        manifest = files.read_manifest(folder)
+        files.check_architecture(folder, manifest, self._config)
+        tree = self._model_state_dict()
+        if not files.starts_adapters(folder, manifest, self._config):
+            tree = {chunk: {k: v for k, v in part.items() if not has_adapter(k)} for chunk, part in tree.items()}
+        self._load_model(_load(tree, folder), folder, wanted=tree)
         self._optimizer.reload_model_params()
 
     def _finish(self) -> None:
@@ -215,11 +222,12 @@ class Checkpointer:
         model = self._model_state_dict()
         return {**model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_content())}
 
-    def _load_model(self, loaded: dict[str, Any], folder: Path) -> None:
+    def _load_model(self, loaded: dict[str, Any], folder: Path, wanted: dict[str, Any]) -> None:
         for index, model in enumerate(self._models):
             found = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
             # Transformer Engine's layers ask for FP8 statistics, which a checkpoint of plain torch layers does not have.
-            lost = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+            needed = wanted[f"model{index}"]
+            lost = [key for key in found.missing_keys if key in needed and not key.endswith("_extra_state")]
             if lost or found.unexpected_keys:
                 raise CheckpointError(f"{folder}: does not fit the model ({(lost or found.unexpected_keys)[0]})")
 
