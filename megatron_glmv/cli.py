@@ -101,7 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint, or a run folder: its newest")
     command.add_argument("folder", type=Path, metavar="HF_FOLDER", help="folder to write")
     command.add_argument(
-        "--processor", type=Path, metavar="FOLDER", help="folder with tokenizer, chat template and image limits; needed for weights"
+        "--processor",
+        type=Path,
+        metavar="FOLDER",
+        help="folder with tokenizer, chat template and image limits; needed for weights",
     )
     command.add_argument("--adapter", action="store_true", help="write the adapters alone, as a PEFT folder")
     command.set_defaults(call=_export)

@@ -1,6 +1,6 @@
 """`glmv export --adapter`: the adapters of a checkpoint as a folder that peft loads on the Hugging Face model.
 
-Source: peft 0.21.2, tuners/lora/config.py (the keys of adapter_config.json), utils/save_and_load.py (the file and the names of the
+Source: peft 0.21.2, tuners/lora/config.py (the keys of adapter_config.json), utils/save_and_load.py (the names of file and
 tensors), tuners/tuners_utils.py, `check_target_module_exists` (a listed name means the modules whose name ends with it).
 """
 
@@ -122,7 +122,7 @@ def target_modules(adapted: Collection[str], shape: ModelShape) -> list[str]:
     chosen: set[str] = set()
     for name in adapted:
         parts = name.split(".")
-        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
+        endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1) if not parts[start].isdigit())
         chosen.add(next(end for end in endings if _named_by(end, modules) <= set(adapted)))
     return sorted(chosen)
 

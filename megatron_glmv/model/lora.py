@@ -85,6 +85,9 @@ class AdapterPlan:
 class Adapter(nn.Module):
     """The adapters of one linear module on this rank."""
 
+    choice: Tensor | None
+    """[rows, adapters] 1 where a row belongs to the adapter; None: all rows belong to the only one."""
+
     def __init__(self, plan: AdapterPlan, lora: LoraConfig, config: TransformerConfig) -> None:
         super().__init__()
         self.plan, self.scale, self.dropout = plan, lora.alpha / lora.rank, lora.dropout

@@ -17,7 +17,7 @@ def full_module_names(chunk: nn.Module) -> dict[str, str]:
     full: dict[str, str] = {}
     for name, module in chunk.named_modules():
         if _LAYER.fullmatch(name):
-            full[name] = f"{name.rpartition('.')[0]}.{int(module.layer_number) - 1}"  # type: ignore[arg-type]
+            full[name] = f"{name.rpartition('.')[0]}.{int(module.layer_number) - 1}"
         elif match := _LAYER.match(name):
             full[name] = full[match[0]] + name[match.end() :]
         else:

@@ -163,7 +163,7 @@ class Checkpointer:
         if same_layout:
             tree["random"] = self._random_shard(None)
         loaded = _load(tree, folder)
-        self._load_model(loaded, folder, wanted=tree)
+        self._load_model(loaded, folder)
         try:
             self._optimizer.load_state_dict(loaded["optimizer"])
         except _FAILURES as error:
@@ -191,10 +191,10 @@ class Checkpointer:
         _check_same_everywhere(folder)
         manifest = files.read_manifest(folder)
         files.check_architecture(folder, manifest, self._config)
-        tree = self._model_state_dict()
-        if not files.starts_adapters(folder, manifest, self._config):
+        tree, adapters = self._model_state_dict(), files.starts_adapters(folder, manifest, self._config)
+        if not adapters:
             tree = {chunk: {k: v for k, v in part.items() if not has_adapter(k)} for chunk, part in tree.items()}
-        self._load_model(_load(tree, folder), folder, wanted=tree)
+        self._load_model(_load(tree, folder), folder, adapters=adapters)
         self._optimizer.reload_model_params()
 
     def _finish(self) -> None:
@@ -222,12 +222,13 @@ class Checkpointer:
         model = self._model_state_dict()
         return {**model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_content())}
 
-    def _load_model(self, loaded: dict[str, Any], folder: Path, wanted: dict[str, Any]) -> None:
+    def _load_model(self, loaded: dict[str, Any], folder: Path, *, adapters: bool = True) -> None:
         for index, model in enumerate(self._models):
             found = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
             # Transformer Engine's layers ask for FP8 statistics, which a checkpoint of plain torch layers does not have.
-            needed = wanted[f"model{index}"]
-            lost = [key for key in found.missing_keys if key in needed and not key.endswith("_extra_state")]
+            lost = [
+                key for key in found.missing_keys if not key.endswith("_extra_state") and (adapters or not has_adapter(key))
+            ]
             if lost or found.unexpected_keys:
                 raise CheckpointError(f"{folder}: does not fit the model ({(lost or found.unexpected_keys)[0]})")
 

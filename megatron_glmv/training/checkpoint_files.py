@@ -203,9 +203,9 @@ def check_resumable(folder: Path, manifest: Mapping[str, Any], config: TrainConf
         ("freeze", "model.freeze", sorted(config.model.freeze)),
         ("lora", "model.lora", _lora(config)),
     ):
-        if manifest.get(key) != wanted:
+        if (saved := manifest.get(key)) != wanted:
             raise CheckpointError(
-                f"{folder}: {name} was {manifest.get(key)} when it was saved and is {wanted} now; a run continues with the same, "
+                f"{folder}: {name} was {saved} when it was saved and is {wanted} now; a run continues with the same, "
                 "a new run (another run_folder) takes the weights with checkpoint.start_from"
             )
 

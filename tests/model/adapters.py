@@ -58,9 +58,7 @@ def fill(models: Sequence[Glm4vModel], config: TrainConfig) -> None:
         else:
             whole = torch.randn(plan.outputs, lora.rank, generator=generator) * 0.05
             whole[plan.adapter_of_row() < 0] = 0
-        parameter.copy_(
-            mapping.slice_for_rank(f"{module}.weight", whole, rank, size) if is_split(plan.split, kind) else whole
-        )
+        parameter.copy_(mapping.slice_for_rank(f"{module}.weight", whole, rank, size) if is_split(plan.split, kind) else whole)
 
 
 def is_split(split: str, kind: str) -> bool:
