@@ -19,12 +19,10 @@ SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2}
 OTHERS: dict[str, dict[str, Any]] = {
     "tensor 4": {"tensor": 4},
     "pipeline 2 x virtual 2 x data 2": {"pipeline": 2, "virtual_pipeline": 2},
-    "tensor 2 x data 2": {"tensor": 2, "sequence": False},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "everything": {"targets": adapters.EVERYTHING, "distributed_optimizer": True},
-    "some": {"targets": adapters.SOME, "distributed_optimizer": True},
-    "some, whole optimizer": {"targets": adapters.SOME, "distributed_optimizer": False},
+    "some": {"targets": adapters.SOME, "distributed_optimizer": False},
     "only vision": {"targets": ("visual.blocks.*",), "distributed_optimizer": True},
 }
 Report = dict[str, dict[str, Any]]
