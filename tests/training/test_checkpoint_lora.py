@@ -21,9 +21,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "pipeline 2 x virtual 2 x data 2": {"pipeline": 2, "virtual_pipeline": 2},
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "everything": {"targets": adapters.EVERYTHING, "distributed_optimizer": True},
-    "some": {"targets": adapters.SOME, "distributed_optimizer": False},
-    "only vision": {"targets": ("visual.blocks.*",), "distributed_optimizer": True},
+    "some of every kind": {"targets": (*adapters.SOME, "merger.proj", "layers.0.*.o_proj", "lm_head")},
+    "only vision": {"targets": ("visual.blocks.*",)},
 }
 Report = dict[str, dict[str, Any]]
 
@@ -51,8 +50,7 @@ def train_in_layouts(rank: int, architecture: str) -> Report:
 def config_of(architecture: str, name: str, layout: dict[str, Any], **kind: Any) -> Any:
     from megatron_glmv.config.training import TrainConfig
 
-    sharded = kind.pop("distributed_optimizer", True)
-    tree = adapters.lora_config(architecture, layout | {"distributed_optimizer": sharded}, {}, **kind).model_dump()
+    tree = adapters.lora_config(architecture, layout | {"distributed_optimizer": True}, {}, **kind).model_dump()
     if not kind:
         tree["model"]["lora"] = None
     tree |= {"run_folder": Path(architecture) / "runs" / name, "steps": 20}
@@ -120,14 +118,14 @@ def refused(architecture: str, layout: dict[str, Any]) -> dict[str, str]:
             return str(error)
         return "accepted"
 
-    some = KINDS["some"]
+    name, kind = next(iter(KINDS.items()))
     return {
-        "another rank": message("some", some | {"rank": 5}),
-        "no adapters": message("some", {}),
-        "adapters where there were none": message("base", some),
-        "start from others": message("new", some | {"targets": ("q_proj",)}, "some"),
-        "start from adapters without any": message("new", {}, "some"),
-        "start from the same": message("new", some, "some"),
+        "another rank": message(name, kind | {"rank": 5}),
+        "no adapters": message(name, {}),
+        "adapters where there were none": message("base", kind),
+        "start from others": message("new", {"targets": ("q_proj",)}, name),
+        "start from adapters without any": message("new", {}, name),
+        "start from the same": message("new", kind, name),
     }
 
 
