@@ -24,7 +24,7 @@ from megatron_glmv.convert.hf_config import config_json, generation_config_json
 from megatron_glmv.convert.hf_folder import write_weights
 from megatron_glmv.convert.lora import open_weights
 from megatron_glmv.convert.mapping import MappingError, entries, hf_names, join_ranks, split_of, to_hf
-from megatron_glmv.convert.parameters import Owner, local_parameters, pipeline_owners
+from megatron_glmv.convert.parameters import Owner, adapters_of_weights, local_parameters, pipeline_owners
 from megatron_glmv.parallel import platform
 
 NEEDED_PROCESSOR_FILES = (
@@ -45,7 +45,7 @@ PROCESSOR_FILES = (
 
 
 def gather_hf_tensors(
-    model_chunks: Sequence[Module], shape: ModelShape, read: Callable[[Parameter], Tensor] = Parameter.detach
+    model_chunks: Sequence[Module], shape: ModelShape, read: Callable[[Parameter], Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor of a live model, in the order of `mapping.hf_names`.
 
@@ -55,7 +55,8 @@ def gather_hf_tensors(
     Args:
         model_chunks: the rank's chunks of the model.
         shape: the architecture.
-        read: what to take of each parameter: itself, or for instance its main_grad; the parameter's shape.
+        read: what to take of each parameter, for instance its main_grad; the parameter's shape. None: its value, with the
+            adapters of LoRA merged into it.
 
     Yields:
         (name, tensor) on the parameters' device.
@@ -65,10 +66,13 @@ def gather_hf_tensors(
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    local = {name: read(parameter).detach() for name, parameter in local_parameters(model_chunks).items()}
+    adapters = adapters_of_weights(model_chunks) if read is None else {}
+    own = local_parameters(model_chunks).items()
+    local = {name: (parameter if read is None else read(parameter)).detach() for name, parameter in own}
     owners = pipeline_owners(local, shape)
     for name, found in entries(shape).items():
-        tensor = _join_shards(name, local[name]) if name in local else None
+        shard = adapters[name].merge(local[name]).detach() if name in adapters else local.get(name)
+        tensor = _join_shards(name, shard) if shard is not None else None
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             tensor = _to_first_stage(tensor, owners[name], found.shape)
         if tensor is not None and dist.get_rank() == 0:

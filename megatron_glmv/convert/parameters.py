@@ -14,7 +14,7 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.mapping import check_names, megatron_names
-from megatron_glmv.model.lora import has_adapter
+from megatron_glmv.model.lora import ADAPTER, Adapter, has_adapter
 from megatron_glmv.model.names import full_module_names
 
 
@@ -30,6 +30,18 @@ def local_parameters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:
 def local_adapters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:
     """This rank's adapters, as `local_parameters`; empty without LoRA."""
     return {name: parameter for name, parameter in _all_parameters(model_chunks).items() if has_adapter(name)}
+
+
+def adapters_of_weights(model_chunks: Sequence[Module]) -> dict[str, Adapter]:
+    """This rank's adapters by the full name of the weight that each one adds to; empty without LoRA."""
+    found: dict[str, Adapter] = {}
+    for chunk in unwrap_model(list(model_chunks)):
+        for name, full in full_module_names(chunk).items():
+            if full.endswith(f".{ADAPTER}"):
+                adapter = chunk.get_submodule(name)
+                assert isinstance(adapter, Adapter)
+                found[full.removesuffix(ADAPTER) + "weight"] = adapter
+    return found
 
 
 def _all_parameters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:

@@ -135,6 +135,11 @@ class Adapter(nn.Module):
             return self.lora_B
         return (self.choice.unsqueeze(2) * self.lora_B.unsqueeze(1)).flatten(1)
 
+    def merge(self, weight: Tensor) -> Tensor:
+        """This rank's share of the weight with the adapters added, in fp32, rounded once to the weight's dtype."""
+        wide = torch.addmm(weight.float(), self.wide_b().float(), self.lora_A.float(), alpha=self.scale)
+        return wide.to(weight.dtype)
+
     def _exchange(self, z: Tensor) -> Tensor:
         """The z of all tokens that this rank's product gives, [..., n x r], from this rank's share of it."""
         if self.ranks == 1 or self.plan.split == "whole":

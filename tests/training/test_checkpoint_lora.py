@@ -41,6 +41,8 @@ def train_in_layouts(rank: int, architecture: str) -> Report:
             config = config_of(architecture, name, layout, **kind)
             report[name][layout_name], changed = run(config, saves=layout_name == "unbroken")
             report["errors"]["changed"] += changed
+            if layout_name == "tensor 4":
+                report[name]["live"] = live_and_merged(config)
         if layout_name == "tensor 4":
             report["errors"] |= refused(architecture, layout)
         groups.parallel_state.destroy_model_parallel()
@@ -99,6 +101,37 @@ def run(config: Any, *, saves: bool) -> tuple[list[float], list[str]]:
     return losses, [name for name, weight in local_parameters(models).items() if not weight.equal(first[name])]
 
 
+def live_and_merged(config: Any) -> tuple[int, float, int] | None:
+    """On rank 0: the live model's merged weights against those read from the checkpoint it resumed from.
+
+    Returns:
+        How many there are, their worst difference, and how many differ from the base's.
+    """
+    import torch
+
+    from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
+    from megatron_glmv.convert.hf_export import gather_hf_tensors
+    from megatron_glmv.convert.lora import open_weights
+    from megatron_glmv.convert.mapping import entries, to_hf
+    from megatron_glmv.training.assemble import assemble, assemble_model
+    from megatron_glmv.training.checkpoint import Checkpointer
+
+    shape, assembly = config.model.shape, assemble(config, assemble_model(config))
+    Checkpointer(config, assembly.chunks, assembly.optimizer).load_latest()
+    live = dict(gather_hf_tensors(assembly.chunks, shape))
+    if torch.distributed.get_rank():
+        return None
+    folder = config.run_folder / "checkpoints" / "step_00000002"
+    merged, base = open_weights(folder, shape), CheckpointTensors(folder, shape)
+    worst, changed = 0.0, 0
+    for name in entries(shape):
+        plain = to_hf(name, base.read(name), shape)
+        for hf_name, tensor in to_hf(name, merged.read(name), shape).items():
+            worst = max(worst, float((tensor - live[hf_name]).abs().max()))
+            changed += not tensor.equal(plain[hf_name])
+    return len(live), worst, changed
+
+
 def refused(architecture: str, layout: dict[str, Any]) -> dict[str, str]:
     """What is said of runs whose adapters are not those of the checkpoint."""
     from megatron_glmv.training.assemble import assemble, assemble_model
@@ -151,6 +184,13 @@ def test_updates_matter(report: Report) -> None:
 
 def test_weights_do_not_change(report: Report) -> None:
     assert report["errors"]["changed"] == []
+
+
+def test_a_live_model_gives_merged_weights(report: Report) -> None:
+    for kind, num_adapted in (("some of every kind", 12), ("only vision", 10)):
+        num_tensors, worst, changed = report[kind]["live"]
+        assert (num_tensors, changed) == (82, num_adapted)
+        assert worst <= 1e-7
 
 
 def test_other_adapters_are_refused_in_one_line(report: Report) -> None:
