@@ -78,8 +78,8 @@ class CheckpointTensors:
         check_names(weights, {_LAYER.sub("", name) for name in megatron_names(shape)}, str(folder))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a Megatron parameter was saved."""
-        return self._stored[_LAYER.sub("", name)][1].properties.dtype
+        """The dtype in which a Megatron parameter, or one of `adapters`, was saved."""
+        return self._stored[name if name in self.adapters else _LAYER.sub("", name)][1].properties.dtype
 
     def read(self, name: str) -> Tensor:
         """One unsharded Megatron tensor.

@@ -7,23 +7,26 @@ tensors), tuners/tuners_utils.py, `check_target_module_exists` (a listed name me
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
+from megatron_glmv.convert.hf_folder import SINGLE_FILE, write_weights
 from megatron_glmv.convert.lora import CheckpointAdapters, checkpoint_lora, hf_adapters
-from megatron_glmv.convert.mapping import MappingError, hf_names
+from megatron_glmv.convert.mapping import MappingError, entry, hf_names
+from megatron_glmv.model.lora import ADAPTER
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -59,23 +62,40 @@ def export_adapters(checkpoint_folder: Path, folder: Path, shape: ModelShape) ->
     if lora is None:
         raise MappingError(f"{checkpoint_folder}: has no adapters (model.lora was not set); export it without --adapter")
     adapters = CheckpointAdapters(CheckpointTensors(checkpoint_folder, shape), lora)
-    tensors = dict(peft_tensors(adapters))
+    shapes, dtypes = _announce(adapters)
     partial = folder.with_name(folder.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        # peft reads one file, whatever its size.
+        write_weights(partial, shapes, dtypes, peft_tensors(adapters), max_shard_bytes=sys.maxsize)
+        (partial / SINGLE_FILE).rename(partial / WEIGHTS_FILE)
         tree = adapter_config(lora, shape, _base_model(checkpoint_folder))
         (partial / CONFIG_FILE).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
         partial.rename(folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise MappingError(f"{folder}: cannot be written ({reason}); nothing of it was left") from error
+        if isinstance(error, OSError):
+            raise MappingError(f"{folder}: cannot be written ({error.strerror}); nothing of it was left") from error
         raise
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    return AdapterReport(folder, len(tensors) // 2, sum(tensor.numel() for tensor in tensors.values()), dtype)
+    dtype = str(next(iter(dtypes.values()))).removeprefix("torch.")
+    return AdapterReport(folder, len(shapes) // 2, sum(math.prod(size) for size in shapes.values()), dtype)
+
+
+def _announce(adapters: CheckpointAdapters) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    """Shapes and dtypes of the tensors that `peft_tensors` gives, in its order."""
+    shape, rank = adapters.stored.shape, adapters.lora.rank
+    layers = adapted_layers(adapters.lora, shape)
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for module in adapters.plans:
+        for name in (name.removesuffix(".weight") for name in entry(f"{module}.weight", shape).hf_names):
+            if name in layers:
+                sizes = {"lora_A": (rank, layers[name].inputs), "lora_B": (layers[name].outputs, rank)}
+                for factor, size in sizes.items():
+                    shapes[f"{PREFIX}{name}.{factor}.weight"] = size
+                    dtypes[f"{PREFIX}{name}.{factor}.weight"] = adapters.stored.dtype(f"{module}.{ADAPTER}.{factor}")
+    return shapes, dtypes
 
 
 def peft_tensors(adapters: CheckpointAdapters) -> Iterator[tuple[str, Tensor]]:

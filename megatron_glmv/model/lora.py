@@ -157,8 +157,9 @@ class Adapter(nn.Module):
             return x
         # Ranks that hold different tokens or columns draw different numbers; ranks that hold the same must draw the same.
         differs = self.ranks > 1 and (self.sequence_parallel or self.plan.split == "columns")
-        with get_cuda_rng_tracker().fork() if differs and platform.has_cuda() else contextlib.nullcontext():
-            return F.dropout(x, self.dropout)
+        with get_cuda_rng_tracker().fork() if differs else contextlib.nullcontext():
+            kept = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=platform.generator())
+        return x * kept / (1 - self.dropout)
 
     def sharded_state_dict(self, prefix: str, sharded_offsets: Sequence[tuple[int, int, int]], metadata: Any) -> dict[str, Any]:
         """Megatron's description of A and B for a checkpoint.
