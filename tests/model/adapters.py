@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,12 +70,12 @@ Result = tuple[float, float, dict[str, Tensor]]
 
 
 def losses_and_gradients(
-    rank: int, folder: str, cases: Sequence[tuple[str, dict[str, Any], dict[str, str], Iterable[str]]]
+    rank: int, folder: str, cases: Sequence[tuple[Any, dict[str, Any], dict[str, str], dict[str, Any]]]
 ) -> dict[str, Result] | None:
-    """For each (name, layout, recompute, targets) the mean loss, the gradient's norm and the gradient by name, on rank 0."""
+    """For each (name, layout, recompute, lora) the mean loss, the gradient's norm and the gradient by name, on rank 0."""
     results = {}
-    for name, layout, recompute, targets in cases:
-        config = lora_config(folder, layout, recompute, targets=targets)
+    for name, layout, recompute, lora in cases:
+        config = lora_config(folder, layout, recompute, **lora)
         groups.initialize(config.parallel, seed=1)
         results[name] = _one_layout(config)
         parallel_state.destroy_model_parallel()

@@ -25,6 +25,7 @@ SOME, ALL, TEXT, VISION, HEAD = (
     ("visual.blocks.*",),
     ("lm_head",),
 )
+DROPOUT = {"targets": ALL, "dropout": 0.3}
 VP = {"pipeline": 2, "virtual_pipeline": 2}
 CASES: list[tuple[str, dict[str, Any], dict[str, str], tuple[str, ...]]] = [
     ("tensor 2, sequence", {"tensor": 2}, {}, ALL),
@@ -54,9 +55,12 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def results(architecture: str) -> dict[Any, adapters.Result]:
-    alone = [(targets, {}, {}, targets) for targets in (ALL, SOME, TEXT, VISION, HEAD)]
+    alone = [(targets, {}, {}, {"targets": targets}) for targets in (ALL, SOME, TEXT, VISION, HEAD)]
+    alone += [("dropout", {}, {}, DROPOUT), ("dropout, full recompute", {}, FULL, DROPOUT)]
+    four = [(name, layout, recompute, {"targets": targets}) for name, layout, recompute, targets in CASES]
+    four += [("dropout, tensor 2", {"tensor": 2, "sequence": False}, {}, DROPOUT)]
     reference = run_ranks(adapters.losses_and_gradients, 1, architecture, alone)[0]
-    return reference | run_ranks(adapters.losses_and_gradients, 4, architecture, CASES, timeout_s=300)[0]
+    return reference | run_ranks(adapters.losses_and_gradients, 4, architecture, four, timeout_s=300)[0]
 
 
 @pytest.mark.parametrize(("name", "targets"), [(name, targets) for name, _, _, targets in CASES])
@@ -79,3 +83,13 @@ def test_every_adapter_has_a_gradient(results: dict[Any, adapters.Result]) -> No
         assert all(float(whole.norm()) > 0 for whole in gradient.values())
         total = sum(float(whole.double().square().sum()) for whole in gradient.values())
         assert norm == pytest.approx(total**0.5, rel=1e-5)
+
+
+def test_dropped_inputs_are_the_same_where_they_must_be(results: dict[Any, adapters.Result]) -> None:
+    """When a layer is recomputed; tensor ranks that repeat an A are held to equal gradients by `adapters.join`."""
+    loss, norm, gradient = results["dropout"]
+    assert results["dropout, full recompute"][:2] == (loss, norm)
+    assert all(results["dropout, full recompute"][2][name].equal(whole) for name, whole in gradient.items())
+    for name in ("dropout", "dropout, tensor 2"):
+        assert abs(results[name][0] - results[ALL][0]) > 1e-4
+        assert results[name][0] == pytest.approx(results[ALL][0], rel=0.05)
