@@ -21,7 +21,7 @@ from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
-from megatron_glmv.convert.mapping import Entry, MappingError, check_names, entries, entry, hf_rows
+from megatron_glmv.convert.mapping import Entry, MappingError, entries, entry, hf_rows
 from megatron_glmv.model.lora import ADAPTER, AdapterPlan
 
 BLOCK_ELEMENTS = 1 << 24
@@ -99,7 +99,7 @@ class CheckpointAdapters:
         self.stored, self.lora = stored, lora
         self.plans = adapter_plans(lora, stored.shape)
         expected = {f"{module}.{ADAPTER}.{name}" for module in self.plans for name in ("lora_A", "lora_B")}
-        check_names(stored.adapters, expected, str(stored.folder))
+        _check_adapters(stored, expected)
 
     def read(self, module: str) -> tuple[Tensor, Tensor]:
         """A and B of one adapted Megatron module, unsharded.
@@ -164,9 +164,17 @@ def open_weights(folder: Path, shape: ModelShape) -> WeightSource:
     """
     stored, lora = CheckpointTensors(folder, shape), checkpoint_lora(folder, shape)
     if lora is None:
-        check_names(stored.adapters, (), str(folder))
+        _check_adapters(stored, set())
         return stored
     return MergedTensors(CheckpointAdapters(stored, lora))
+
+
+def _check_adapters(stored: CheckpointTensors, expected: set[str]) -> None:
+    """Refuse a checkpoint with other adapters than its manifest names."""
+    if wrong := sorted(stored.adapters ^ expected):
+        raise MappingError(
+            f"{stored.folder}: {'lacks' if wrong[0] in expected else 'has'} {wrong[0]}, unlike what lora of its meta.json names"
+        )
 
 
 def checkpoint_lora(folder: Path, shape: ModelShape) -> LoraConfig | None:

@@ -15,6 +15,9 @@ Only z, `rank` wide, is exchanged between tensor ranks. What each exchange makes
 
 A sum over ranks is marked `sequence_parallel`, and Megatron's `finalize_model_grads` completes it.
 
+Everything is added by forward hooks, so names and classes of the modules stay, in both layer specs. Adapters on Transformer
+Engine's modules have not been run on hardware yet.
+
 Shapes: S tokens, s of this tensor rank under sequence parallelism, n adapters of a module, r the rank.
 
 Source: arXiv 2106.09685, section 4.1; megatron-core 0.16.1, tensor_parallel/{layers,mappings}.py.
