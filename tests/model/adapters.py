@@ -82,6 +82,22 @@ def losses_and_gradients(
     return results if rank == 0 else None
 
 
+def cases_and_first_adapters(
+    rank: int, folder: str, cases: Sequence[Any], layouts: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Result] | None, list[dict[str, Tensor]]]:
+    """`losses_and_gradients`, and the whole adapters that a run starts with in each layout."""
+    first = []
+    for layout in layouts:
+        config = lora_config(folder, layout, {})
+        groups.initialize(config.parallel, seed=1)
+        local = {name: parameter.detach() for name, parameter in local_adapters(assemble_model(config)).items()}
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
+        first.append(join(gathered, config))
+        parallel_state.destroy_model_parallel()
+    return losses_and_gradients(rank, folder, cases), first
+
+
 def _one_layout(config: TrainConfig) -> Result:
     models = build(config)
     assembly = assemble(config, models)

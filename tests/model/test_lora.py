@@ -60,7 +60,9 @@ def results(architecture: str) -> dict[Any, adapters.Result]:
     four = [(name, layout, recompute, {"targets": targets}) for name, layout, recompute, targets in CASES]
     four += [("dropout, tensor 2", {"tensor": 2, "sequence": False}, {}, DROPOUT)]
     reference = run_ranks(adapters.losses_and_gradients, 1, architecture, alone)[0]
-    return reference | run_ranks(adapters.losses_and_gradients, 4, architecture, four, timeout_s=300)[0]
+    layouts = [{}, {"tensor": 2, "pipeline": 2}, {"tensor": 4}]
+    found, first = run_ranks(adapters.cases_and_first_adapters, 4, architecture, four, layouts, timeout_s=300)[0]
+    return reference | found | {"first": first}
 
 
 @pytest.mark.parametrize(("name", "targets"), [(name, targets) for name, _, _, targets in CASES])
@@ -93,3 +95,16 @@ def test_dropped_inputs_are_the_same_where_they_must_be(results: dict[Any, adapt
     for name in ("dropout", "dropout, tensor 2"):
         assert abs(results[name][0] - results[ALL][0]) > 1e-4
         assert results[name][0] == pytest.approx(results[ALL][0], rel=0.05)
+
+
+def test_first_adapters_do_not_depend_on_the_layout(results: dict[Any, Any]) -> None:
+    """A is uniform within 1 / sqrt(inputs), as peft draws it; B is zero."""
+    reference, *others = results["first"]
+    for name, whole in reference.items():
+        assert all(other[name].equal(whole) for other in others), name
+        if name.endswith("lora_A"):
+            bound = whole.size(1) ** -0.5
+            assert 0.9 * bound < float(whole.abs().max()) <= bound
+            assert float(whole.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        else:
+            assert not whole.any()
