@@ -50,7 +50,9 @@ Training starts from it in any layout with checkpoint.start_from=CHECKPOINT. Its
 """
 EXPORT_HELP = """\
 Writes config.json, the weights as safetensors and the processor's files: a folder that transformers loads. The layout the
-checkpoint was trained in does not matter; no GPU is needed, and a few GB of memory for any size.
+checkpoint was trained in does not matter; no GPU is needed, and a few GB of memory for any size. A checkpoint with adapters
+(model.lora) is written with its adapters merged into the weights; with --adapter, the adapters alone are written, as a folder
+that peft loads on the Hugging Face model.
 """
 VERIFY_HELP = """\
 Compares every tensor to the bit, then runs transformers on the folder and Megatron's layers on the checkpoint, in float32, on a
@@ -137,6 +139,7 @@ def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParse
     command.add_argument(
         "--shard-gb", type=float, default=5.0, metavar="GB", help="largest safetensors file, in 10^9 bytes (default: 5)"
     )
+    command.add_argument("--adapter", action="store_true", help="write the adapters alone, as a PEFT folder")
     command.add_argument("--no-verify", action="store_true", help="write without the proof")
     command.set_defaults(call=_export)
 
@@ -230,6 +233,8 @@ def _import(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     if arguments.shard_gb <= 0:
         raise ConfigError(f"--shard-gb: {arguments.shard_gb:g} is not a size; give a number above 0")
+    if arguments.adapter:
+        return _conversion().run_adapter(arguments.checkpoint, arguments.folder)
     return _conversion().run_export(
         arguments.checkpoint,
         arguments.folder,

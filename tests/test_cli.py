@@ -64,6 +64,22 @@ def test_check_prints_the_tree_and_what_it_amounts_to(stage: Path, capsys: pytes
     assert "(2 to 3,072 ranks)" in out
 
 
+def test_check_shows_what_learns_with_adapters(stage: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check", str(stage), "model.lora.rank=8", "model.lora.targets=[q_proj, v_proj]"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "#   vision           682,246,656  frozen" in out
+    assert "#   adapters           4,014,080  learn, 0.04% of the model: text 4,014,080" in out
+    assert "# lora          rank 8, alpha 32 on 80 of 365 linear layers" in out
+    assert "# warning: model.lora: the frozen weights are random and never learn" in out
+
+
+def test_a_pattern_that_matches_nothing_is_one_line_and_code_2(stage: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check", str(stage), "model.lora.targets=[downsample]"]) == 2
+    error = capsys.readouterr().err
+    assert "model.lora.targets: 'downsample' matches model.visual.downsample, which is a convolution" in error
+    assert error.count("\n") == 1
+
+
 def test_check_loads_neither_torch_nor_megatron(stage: Path):
     program = (
         "import sys; from megatron_glmv.cli import main; code = main(sys.argv[1:]); "

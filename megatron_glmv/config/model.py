@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_glmv.config.base import Config, ConfigError, one_line
+from megatron_glmv.config.lora import LoraConfig
 
 PRESETS = Path(__file__).parent / "presets"
 """glm-4.1v-9b is GLM-4.1V-9B-Base and GLM-4.1V-9B-Thinking: one architecture, two sets of weights. glm-4.6v-flash differs from
@@ -275,6 +276,8 @@ class ModelConfig(Config):
     """Standard deviation of the random weights (not in the paper; Hugging Face's initializer_range)."""
     freeze: tuple[Part, ...] = ()
     """Parts that do not learn. Which parts learn in which stage is not in the paper."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters on chosen linear layers and nothing else; null: the weights themselves learn."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -282,6 +285,8 @@ class ModelConfig(Config):
             raise ValueError("give exactly one of preset and hf_folder")
         if set(self.freeze) == {"vision", "merger", "text"}:
             raise ValueError("freeze: every part is frozen, nothing would learn")
+        if self.lora is not None and self.freeze:
+            raise ValueError("freeze: with lora no weight learns anyway; leave it out and choose with lora.targets what learns")
         return self
 
     @cached_property

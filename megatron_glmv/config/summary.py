@@ -10,6 +10,7 @@ import math
 from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.count import count_parameters
 from megatron_glmv.config.data import SourceConfig
+from megatron_glmv.config.linears import adapted_layers, count_adapters, linear_layers
 from megatron_glmv.config.training import TrainConfig
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -30,9 +31,10 @@ def summarize(config: TrainConfig) -> str:
     lines = ["parameters"]
     for name, number in parts:
         part = "text" if name == "head" else name
-        lines.append(f"  {name:<10}{number:>18,}{'  frozen' if part in frozen else ''}")
+        lines.append(f"  {name:<10}{number:>18,}{'  frozen' if part in frozen or config.model.lora else ''}")
     lines += [
         f"  {'total':<10}{count.total:>18,}",
+        *_adapters(config, count.total),
         f"weights       {_start(config)}",
         f"step          {rows:,} rows x {config.data.sequence_length:,} tokens = {tokens:,} tokens",
         f"stage         {config.steps:,} steps = {config.steps * tokens:,} tokens ({short(config.steps * tokens)})",
@@ -43,6 +45,20 @@ def summarize(config: TrainConfig) -> str:
         f"precision     {_precision(config)}",
     ]
     return "\n".join(lines + [f"warning: {text}" for text in warnings(config)])
+
+
+def _adapters(config: TrainConfig, total: int) -> list[str]:
+    """What learns with LoRA, by part of the model."""
+    lora, shape = config.model.lora, config.model.shape
+    if lora is None:
+        return []
+    count, layers = count_adapters(lora, shape), adapted_layers(lora, shape)
+    learning = sum(count.values())
+    parts = ", ".join(f"{part} {number:,}" for part, number in count.items() if number)
+    return [
+        f"  {'adapters':<10}{learning:>18,}  learn, {learning / total:.2%} of the model: {parts}",
+        f"lora          rank {lora.rank}, alpha {lora.alpha:g} on {len(layers)} of {len(linear_layers(shape))} linear layers",
+    ]
 
 
 def short(number: float) -> str:
@@ -78,6 +94,8 @@ def warnings(config: TrainConfig) -> list[str]:
         found.append("optimizer.min_lr: larger than lr")
     if config.model.preset is not None and config.model.freeze and config.checkpoint.start_from is None:
         found.append("model.freeze: the frozen parts start from random weights and never learn")
+    if config.model.lora is not None and _start(config).startswith("random"):
+        found.append("model.lora: the frozen weights are random and never learn")
     if config.checkpoint.start_from is not None and not config.checkpoint.start_from.exists():
         found.append(f"checkpoint.start_from: {config.checkpoint.start_from} is not here")
     if config.parallel.tensor > config.model.shape.text.num_kv_heads:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from megatron_glmv.config.base import Config, ConfigError
 from megatron_glmv.config.data import DataConfig
+from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.parallel import FP8_MULTIPLE, ParallelConfig, PrecisionConfig, RecomputeConfig
 
@@ -112,6 +113,8 @@ class TrainConfig(Config):
         """
         shape = self.model.shape
         self.parallel.check_model(shape)
+        if self.model.lora is not None:
+            adapted_layers(self.model.lora, shape)
         length, layout = self.data.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
         if self.precision.fp8_text != "off":

@@ -2,6 +2,7 @@
 
 Megatron stores the layers of a tower as one tensor with a leading layer axis, cut into the chunks that the ranks saved, and a
 gated product as [gate; up] whatever the tensor-parallel size was, so a Megatron name is a key and perhaps a layer of it.
+Adapters, which not every layer needs to have, are stored layer by layer.
 
 Source: megatron-core 0.16.1, transformer/transformer_block.py (`sharded_state_dict`), dist_checkpointing/strategies/torch.py;
 torch 2.13.0, distributed/checkpoint/filesystem.py.
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.mapping import MappingError, check_names, entry, megatron_names
+from megatron_glmv.model.lora import ADAPTER, has_adapter
 
 _LAYER = re.compile(r"(?<=\.layers)\.(\d+)(?=\.)")
 _MODULES = ("vision_model.", "vision_projection.", "language_model.")
@@ -60,6 +62,9 @@ class Stored(Protocol):
 class CheckpointTensors:
     """The model's tensors of one checkpoint.
 
+    Attributes:
+        adapters: names of the adapters' tensors in the whole model, <module>.adapter.lora_A and .lora_B; none without LoRA.
+
     Args:
         folder: of one complete checkpoint.
         shape: the architecture that it was saved with.
@@ -74,15 +79,17 @@ class CheckpointTensors:
         self._reader = FileSystemReader(folder)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._stored = {
-            key: stored
+            _adapter_name(key) if has_adapter(key) else key: (key, stored)
             for key, stored in metadata.state_dict_metadata.items()
             if key.startswith(_MODULES) and isinstance(stored, TensorStorageMetadata)
         }
-        check_names(self._stored, {split_layer(name)[0] for name in megatron_names(shape)}, str(folder))
+        self.adapters = {name for name in self._stored if has_adapter(name)}
+        weights = self._stored.keys() - self.adapters
+        check_names(weights, {split_layer(name)[0] for name in megatron_names(shape)}, str(folder))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a Megatron parameter was saved."""
-        return self._stored[split_layer(name)[0]].properties.dtype
+        """The dtype in which a Megatron parameter, or one of `adapters`, was saved."""
+        return self._stored[name if name in self.adapters else split_layer(name)[0]][1].properties.dtype
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """One unsharded Megatron tensor, or the rows (first, last) of it.
@@ -90,9 +97,23 @@ class CheckpointTensors:
         Raises:
             MappingError: it has another shape than the architecture, or its chunks are missing or cut off.
         """
-        full = entry(name, self.shape).shape
-        (key, layer), (start, stop) = split_layer(name), rows or (0, full[0])
-        stored = self._stored[key]
+        key, layer = split_layer(name)
+        return self._read(key, name, entry(name, self.shape).shape, layer, rows)
+
+    def read_adapter(self, name: str, full: tuple[int, ...]) -> Tensor:
+        """One unsharded tensor of `adapters`, which must have the shape `full`.
+
+        Raises:
+            MappingError: as `read`, or the checkpoint has no such adapter.
+        """
+        if name not in self.adapters:
+            raise MappingError(f"{self.folder}: missing {name}")
+        return self._read(name, name, full, None, None)
+
+    def _read(
+        self, stored_name: str, name: str, full: tuple[int, ...], layer: int | None, rows: tuple[int, int] | None
+    ) -> Tensor:
+        (key, stored), (start, stop) = self._stored[stored_name], rows or (0, full[0])
         offsets, sizes = ([], []) if layer is None else ([layer], [1])
         offsets, sizes = [*offsets, start, *[0] * (len(full) - 1)], [*sizes, stop - start, *full[1:]]
         if len(stored.size) != len(sizes) or list(stored.size[-len(full) :]) != list(full):
@@ -115,6 +136,11 @@ def split_layer(name: str) -> tuple[str, int | None]:
     """The key under which a Megatron parameter is stored, and its layer there; None outside the towers' layers."""
     layer = _LAYER.search(name)
     return _LAYER.sub("", name), int(layer[1]) if layer else None
+
+
+def _adapter_name(key: str) -> str:
+    """The name in the whole model of an adapter's tensor, whose key has the layer's number behind the adapter's name."""
+    return re.sub(rf"\.layers\.(.*\.{ADAPTER})\.(\d+)\.", r".layers.\2.\1.", key)
 
 
 class _IntoTensor(DefaultLoadPlanner):

@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from megatron_glmv.convert.checkpoint_folder import find, read_manifest, shape_of
 from megatron_glmv.convert.checkpoint_import import import_folder
-from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors, Stored
+from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_export import export_checkpoint
+from megatron_glmv.convert.lora import open_weights
 from megatron_glmv.convert.mapping import MappingError
+from megatron_glmv.convert.peft_export import export_adapters
 from megatron_glmv.convert.processor import find_processor
 from megatron_glmv.convert.verify import PARITY, Parity, compare
 
@@ -81,6 +83,27 @@ def run_export(
     return OK
 
 
+def run_adapter(checkpoint: Path, folder: Path) -> int:
+    """Export the adapters alone, as a PEFT folder, and print what was written.
+
+    Args:
+        checkpoint: one complete checkpoint, or a run's folder: its newest one.
+        folder: PEFT folder to write; must not exist.
+
+    Returns:
+        Exit code 0.
+
+    Raises:
+        InputError: one line that names the file, folder or tensor at fault; nothing is left then.
+    """
+    source = find(checkpoint)
+    report = export_adapters(source, folder, shape_of(source, read_manifest(source)))
+    print(
+        f"{report.folder}: {report.num_adapters} adapters, {report.num_parameters:,} parameters in {report.dtype} from {source}"
+    )
+    return OK
+
+
 def run_verify(hf_folder: Path, checkpoint: Path, report: Path | None = None) -> int:
     """Compare a Hugging Face folder with a checkpoint and print what was found.
 
@@ -134,8 +157,8 @@ def _bytes_bar(name: str) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _tensors(checkpoint: Path) -> CheckpointTensors:
-    return CheckpointTensors(checkpoint, shape_of(checkpoint, read_manifest(checkpoint)))
+def _tensors(checkpoint: Path) -> Stored:
+    return open_weights(checkpoint, shape_of(checkpoint, read_manifest(checkpoint)))
 
 
 def _say(folder: Path, num_tensors: int, num_parameters: int, dtype: str, source: Path, started: float) -> None:

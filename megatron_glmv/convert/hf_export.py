@@ -21,18 +21,19 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
-from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors, Stored
+from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.hf_folder import write_weights
+from megatron_glmv.convert.lora import open_weights
 from megatron_glmv.convert.mapping import entries, hf_names, join_ranks, split_of, to_hf
 from megatron_glmv.convert.new_folder import new_folder
-from megatron_glmv.convert.parameters import Owner, local_parameters, pipeline_owners
+from megatron_glmv.convert.parameters import Owner, adapters_of_weights, local_parameters, pipeline_owners
 from megatron_glmv.convert.processor import check_processor, copy_processor
 from megatron_glmv.parallel import platform
 
 
 def gather_hf_tensors(
-    model_chunks: Sequence[Module], shape: ModelShape, read: Callable[[Parameter], Tensor] = Parameter.detach
+    model_chunks: Sequence[Module], shape: ModelShape, read: Callable[[Parameter], Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor of a live model, in the order of `mapping.hf_names`.
 
@@ -42,7 +43,8 @@ def gather_hf_tensors(
     Args:
         model_chunks: the rank's chunks of the model.
         shape: the architecture.
-        read: what to take of each parameter: itself, or for instance its main_grad; the parameter's shape.
+        read: what to take of each parameter, for instance its main_grad; the parameter's shape. None: its value, with the
+            adapters of LoRA merged into it.
 
     Yields:
         (name, tensor) on the parameters' device.
@@ -52,10 +54,13 @@ def gather_hf_tensors(
     """
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return
-    local = {name: read(parameter).detach() for name, parameter in local_parameters(model_chunks).items()}
+    adapters = adapters_of_weights(model_chunks) if read is None else {}
+    own = local_parameters(model_chunks).items()
+    local = {name: (parameter if read is None else read(parameter)).detach() for name, parameter in own}
     owners = pipeline_owners(local, shape)
     for name, found in entries(shape).items():
-        tensor = _join_shards(name, local[name]) if name in local else None
+        shard = adapters[name].merge(local[name]).detach() if name in adapters else local.get(name)
+        tensor = _join_shards(name, shard) if shard is not None else None
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             tensor = _to_first_stage(tensor, owners[name], found.shape)
         if tensor is not None and dist.get_rank() == 0:
@@ -126,7 +131,7 @@ def export_checkpoint(
             tensors are not those of its architecture, or the disk is full or refuses.
     """
     shape = shape_of(checkpoint, read_manifest(checkpoint))
-    stored = CheckpointTensors(checkpoint, shape)
+    stored = open_weights(checkpoint, shape)
     check_processor(processor, shape)
     dtypes = {name: stored.dtype(found.name) for found in entries(shape).values() for name in found.hf_names}
     num_bytes = sum(math.prod(size) * dtypes[name].itemsize for name, size in hf_names(shape).items())

@@ -314,12 +314,18 @@ def to_hf(name: str, tensor: Tensor, shape: ModelShape) -> dict[str, Tensor]:
         raise MappingError(f"{name}: shape {list(tensor.shape)}, but this architecture has {list(found.shape)}")
     if len(found.segments) == 1:
         return {found.hf_names[0]: tensor.reshape(found.hf_shapes[0])}
-    targets = [tensor.new_empty((size[0], *found.shape[1:])) for size in found.hf_shapes]
+    targets = hf_rows(found, tensor)
+    return {source: target.reshape(size) for source, target, size in zip(found.hf_names, targets, found.hf_shapes, strict=True)}
+
+
+def hf_rows(found: Entry, tensor: Tensor) -> list[Tensor]:
+    """A tensor with the rows of an entry's Megatron tensor, and any columns, as one new tensor of each source's rows."""
+    targets = [tensor.new_empty((size[0], *tensor.shape[1:])) for size in found.hf_shapes]
     row = 0
     for s in found.segments:
         targets[s.source][s.start : s.stop] = tensor[row : row + s.stop - s.start]
         row += s.stop - s.start
-    return {source: target.reshape(size) for source, target, size in zip(found.hf_names, targets, found.hf_shapes, strict=True)}
+    return targets
 
 
 def split_of(name: str) -> Split:

@@ -1,11 +1,7 @@
-"""A rank's live parameters under the names that they have in the whole model.
-
-With pipeline stages a layer's index in a chunk is local; the layer itself knows its number in the whole tower.
-"""
+"""A rank's live parameters under the names that they have in the whole model."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,25 +14,43 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.mapping import check_names, megatron_names
-
-_LAYER = re.compile(r"(.*\.decoder\.layers)\.\d+")
+from megatron_glmv.model.lora import ADAPTER, Adapter, has_adapter
+from megatron_glmv.model.names import full_module_names
 
 
 def local_parameters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:
-    """This rank's parameters (its tensor shard of each) by full name.
+    """This rank's weights (its tensor shard of each) by full name; adapters are not among them.
 
     Args:
         model_chunks: the rank's chunks of the model, with or without Megatron's wrappers.
     """
+    return {name: parameter for name, parameter in _all_parameters(model_chunks).items() if not has_adapter(name)}
+
+
+def local_adapters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:
+    """This rank's adapters, as `local_parameters`; empty without LoRA."""
+    return {name: parameter for name, parameter in _all_parameters(model_chunks).items() if has_adapter(name)}
+
+
+def adapters_of_weights(model_chunks: Sequence[Module]) -> dict[str, Adapter]:
+    """This rank's adapters by the full name of the weight that each one adds to; empty without LoRA."""
+    found: dict[str, Adapter] = {}
+    for chunk in unwrap_model(list(model_chunks)):
+        for name, full in full_module_names(chunk).items():
+            if full.endswith(f".{ADAPTER}"):
+                adapter = chunk.get_submodule(name)
+                assert isinstance(adapter, Adapter)
+                found[full.removesuffix(ADAPTER) + "weight"] = adapter
+    return found
+
+
+def _all_parameters(model_chunks: Sequence[Module]) -> dict[str, Parameter]:
     found: dict[str, Parameter] = {}
     for chunk in unwrap_model(list(model_chunks)):
-        full: dict[str, str] = {}
-        for name, module in chunk.named_modules():
-            if match := _LAYER.fullmatch(name):
-                full[name] = f"{match[1]}.{module.layer_number - 1}"
+        full = full_module_names(chunk)
         for name, parameter in chunk.named_parameters():
-            layer = match[0] if (match := _LAYER.match(name)) else ""
-            found[full[layer] + name[len(layer) :] if layer else name] = parameter
+            module, _, own_name = name.rpartition(".")
+            found[f"{full[module]}.{own_name}"] = parameter
     return found
 
 

@@ -46,6 +46,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
+def generator() -> torch.Generator:
+    """The generator that Megatron's tracker of random states switches: the CUDA device's, or what stands for it."""
+    return torch.cuda.default_generators[torch.cuda.current_device()] if has_cuda() else _generator
+
+
 def activate() -> None:
     """Choose this rank's device; call before megatron.core is imported and before any process group exists."""
     # Megatron's and torch's advice to developers, once a rank, buries what a user must read.

@@ -12,8 +12,10 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.convert.lora import adapter_plans
 from megatron_glmv.model.glm4v import Glm4vModel, build_model
 from megatron_glmv.model.initialize import initialize_weights
+from megatron_glmv.model.lora import attach_adapters
 from megatron_glmv.training.optimizer import build_optimizer
 
 
@@ -34,7 +36,7 @@ class Assembly:
 
 
 def assemble_model(config: TrainConfig) -> list[Glm4vModel]:
-    """Build this rank's chunks with their first random weights; process groups must exist.
+    """Build this rank's chunks with their first random weights, and adapters if wanted; process groups must exist.
 
     Raises:
         ConfigError: a part of the configuration that cannot run here.
@@ -47,6 +49,8 @@ def assemble_model(config: TrainConfig) -> list[Glm4vModel]:
         megatron=config.megatron,
         freeze=config.model.freeze,
     )
+    if config.model.lora is not None:
+        attach_adapters(models, adapter_plans(config.model.lora, config.model.shape), config.model.lora)
     initialize_weights(models, config.seed, config.model.init_std)
     return models
 

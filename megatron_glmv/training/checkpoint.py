@@ -38,6 +38,7 @@ from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.convert import checkpoint_folder as folders
 from megatron_glmv.convert.checkpoint_folder import CheckpointError
 from megatron_glmv.convert.checkpoint_tensors import read_index
+from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
 from megatron_glmv.training.random_state import read_generators, restore_generators
@@ -180,16 +181,22 @@ class Checkpointer:
     def load_weights_only(self, path: Path) -> None:
         """Start from the weights of another run (``checkpoint.start_from``), in any layout and precision.
 
+        A run with adapters starts them anew on a checkpoint without any.
+
         Args:
             path: a run's folder or one complete checkpoint.
 
         Raises:
-            CheckpointError: no checkpoint there, unreadable, or of another architecture.
+            CheckpointError: no checkpoint there, unreadable, or of another architecture, or with other adapters.
         """
         folder = folders.find(path)
         _check_same_everywhere(folder)
-        folders.check_architecture(folder, folders.read_manifest(folder), self._config.model.shape)
-        self._load_model(_load(self._model_state_dict(), folder), folder)
+        manifest = folders.read_manifest(folder)
+        folders.check_architecture(folder, manifest, self._config.model.shape)
+        tree, adapters = self._model_state_dict(), files.starts_adapters(folder, manifest, self._config)
+        if not adapters:
+            tree = {chunk: {k: v for k, v in part.items() if not has_adapter(k)} for chunk, part in tree.items()}
+        self._load_model(_load(tree, folder), folder, adapters=adapters)
         self._optimizer.reload_model_params()
 
     def _finish(self) -> None:
@@ -217,11 +224,13 @@ class Checkpointer:
         model = self._model_state_dict()
         return {**model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_content())}
 
-    def _load_model(self, loaded: dict[str, Any], folder: Path) -> None:
+    def _load_model(self, loaded: dict[str, Any], folder: Path, *, adapters: bool = True) -> None:
         for index, model in enumerate(self._models):
             found = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
             # Transformer Engine's layers ask for FP8 statistics, which a checkpoint of plain torch layers does not have.
-            lost = [key for key in found.missing_keys if not key.endswith("_extra_state")]
+            lost = [
+                key for key in found.missing_keys if not key.endswith("_extra_state") and (adapters or not has_adapter(key))
+            ]
             if lost or found.unexpected_keys:
                 raise CheckpointError(f"{folder}: does not fit the model ({(lost or found.unexpected_keys)[0]})")
 

@@ -46,6 +46,7 @@ def describe_run(config: TrainConfig, layout: Mapping[str, int]) -> dict[str, An
         "dtype": config.precision.dtype,
         "distributed_optimizer": config.parallel.distributed_optimizer,
         "freeze": sorted(config.model.freeze),
+        "lora": _lora(config),
         **origin(),
     }
 
@@ -64,9 +65,32 @@ def check_resumable(folder: Path, manifest: Mapping[str, Any], config: TrainConf
         ("dtype", "precision.dtype", config.precision.dtype),
         ("distributed_optimizer", "parallel.distributed_optimizer", config.parallel.distributed_optimizer),
         ("freeze", "model.freeze", sorted(config.model.freeze)),
+        ("lora", "model.lora", _lora(config)),
     ):
-        if manifest[key] != wanted:
+        if (saved := manifest.get(key)) != wanted:
             raise CheckpointError(
-                f"{folder}: {name} was {manifest[key]} when it was saved and is {wanted} now; a run continues with the same, "
+                f"{folder}: {name} was {saved} when it was saved and is {wanted} now; a run continues with the same, "
                 "a new run (another run_folder) takes the weights with checkpoint.start_from"
             )
+
+
+def starts_adapters(folder: Path, manifest: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether a run that takes only the weights of a checkpoint takes adapters from it, too.
+
+    Returns:
+        True where the checkpoint has the run's own adapters; False where it has none.
+
+    Raises:
+        CheckpointError: its adapters are not the run's; its weights alone would be another model than the one that was trained.
+    """
+    saved = manifest.get("lora")
+    if saved is not None and saved != _lora(config):
+        raise CheckpointError(
+            f"{folder}: model.lora was {saved} when it was saved and is {_lora(config)} now; take the same, or start from the "
+            "merged model: glmv export, then model.hf_folder"
+        )
+    return saved is not None
+
+
+def _lora(config: TrainConfig) -> dict[str, Any] | None:
+    return None if config.model.lora is None else config.model.lora.model_dump(mode="json")

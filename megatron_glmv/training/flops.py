@@ -17,6 +17,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, NamedTuple
 
+from megatron_glmv.config.linears import adapted_layers, linear_layers
+from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape, Part, TextShape, VisionShape
 from megatron_glmv.sequence.packed import PackedSequence
 
@@ -78,6 +80,7 @@ def training_flops(
     document_lengths: Sequence[int],
     frames: Iterable[tuple[int, int]],
     freeze: Collection[Part] = (),
+    lora: LoraConfig | None = None,
 ) -> Flops:
     """Operations of one forward and backward pass.
 
@@ -90,8 +93,11 @@ def training_flops(
         document_lengths: tokens of each document, visual ones included, padding left out.
         frames: (rows, columns) in unmerged patches of each image, or of each temporal patch of a video.
         freeze: parts that do not learn; text includes the embedding and the head.
+        lora: adapters, which alone learn where they are given.
     """
     frames = list(frames)
+    if lora is not None:
+        return _lora_flops(shape, document_lengths, frames, lora)
     entry, blocks, attention = _vision(shape.vision, [rows * columns for rows, columns in frames])
     downsample, merger = _merger(shape.vision, sum(rows * columns for rows, columns in frames))
     text_linear, text_attention, head = _text(shape.text, document_lengths)
@@ -107,10 +113,59 @@ def training_flops(
     )
 
 
-def row_flops(shape: ModelShape, row: PackedSequence, freeze: Collection[Part] = ()) -> Flops:
+def row_flops(shape: ModelShape, row: PackedSequence, freeze: Collection[Part] = (), lora: LoraConfig | None = None) -> Flops:
     """Operations of training on one packed row; its padding does not count."""
     lengths = [end - start for _, start, end in row.documents]
-    return training_flops(shape, lengths, [(int(rows), int(columns)) for rows, columns in row.frames.tolist()], freeze)
+    return training_flops(shape, lengths, [(int(rows), int(columns)) for rows, columns in row.frames.tolist()], freeze, lora)
+
+
+class _Walk:
+    """Goes through a model with adapters in its order and counts, for a gradient passes only behind the first adapter.
+
+    Attention is counted whole as soon as one of query, key and value has a gradient.
+    """
+
+    def __init__(self, shape: ModelShape, lora: LoraConfig) -> None:
+        self.layers, self.adapted, self.rank = linear_layers(shape), adapted_layers(lora, shape), lora.rank
+        self.passes = False
+
+    def linear(self, tokens: int, *names: str) -> float:
+        """Linear layers of one input: W x, its input's gradient, and the same and both factors' gradients of the adapters."""
+        total, adapted = 0.0, [name for name in names if name in self.adapted]
+        for layer in (self.layers[name] for name in names):
+            total += 2 * tokens * layer.inputs * layer.outputs * (1 + self.passes)
+        for layer in (self.layers[name] for name in adapted):
+            total += 2 * tokens * self.rank * (layer.inputs * (2 + self.passes) + layer.outputs * 3)
+        self.passes = self.passes or bool(adapted)
+        return total
+
+
+def _lora_flops(
+    shape: ModelShape, document_lengths: Sequence[int], frames: Sequence[tuple[int, int]], lora: LoraConfig
+) -> Flops:
+    """Operations of one forward and backward pass in which only adapters learn."""
+    walk = _Walk(shape, lora)
+    patches = sum(rows * columns for rows, columns in frames)
+    entry, _, attention = _vision(shape.vision, [rows * columns for rows, columns in frames])
+    vision_linear, vision_attention, depth = entry, 0.0, shape.vision.num_layers
+    for name in (f"model.visual.blocks.{number}" for number in range(depth)):
+        vision_linear += walk.linear(patches, f"{name}.attn.qkv")
+        vision_attention += attention / depth * (1 + 2 * walk.passes)
+        vision_linear += walk.linear(patches, f"{name}.attn.proj")
+        vision_linear += walk.linear(patches, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
+        vision_linear += walk.linear(patches, f"{name}.mlp.down_proj")
+    merged, name = patches // shape.vision.spatial_merge_size**2, "model.visual.merger"
+    merger = _merger(shape.vision, patches)[0] * (1 + walk.passes)
+    for layers in ([f"{name}.proj"], [f"{name}.gate_proj", f"{name}.up_proj"], [f"{name}.down_proj"]):
+        merger += walk.linear(merged, *layers)
+    tokens, attention = sum(document_lengths), _text(shape.text, document_lengths)[1]
+    text_linear, text_attention, depth = 0.0, 0.0, shape.text.num_layers
+    for name in (f"model.language_model.layers.{number}" for number in range(depth)):
+        text_linear += walk.linear(tokens, *(f"{name}.self_attn.{part}_proj" for part in "qkv"))
+        text_attention += attention / depth * (1 + 2 * walk.passes)
+        for layer in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            text_linear += walk.linear(tokens, f"{name}.{layer}")
+    return Flops(vision_linear, vision_attention, merger, text_linear, text_attention, walk.linear(tokens, "lm_head"))
 
 
 def _vision(vision: VisionShape, patches_of_frames: Sequence[int]) -> tuple[float, float, float]:

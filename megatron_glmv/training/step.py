@@ -168,7 +168,8 @@ def reduce_loss(outputs: list[Tensor]) -> tuple[float, int]:
 
 def _count(assembly: Assembly, rows: Sequence[PackedSequence], bad: int) -> tuple[int, int, int, dict[str, float]]:
     """Useful tokens, frames, bad samples and operations of the global batch."""
-    flops = sum((row_flops(assembly.shape, row, assembly.config.model.freeze) for row in rows), Flops())
+    model = assembly.config.model
+    flops = sum((row_flops(assembly.shape, row, model.freeze, model.lora) for row in rows), Flops())
     towers = {"vision": flops.vision, "merger": flops.merger, "text": flops.text, "head": flops.head}
     useful, images = sum(row.num_useful for row in rows), sum(len(row.frames) for row in rows)
     counts = torch.tensor([useful, images, bad, *towers.values()], dtype=torch.float64, device=platform.device())

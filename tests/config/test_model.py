@@ -14,6 +14,7 @@ from transformers.models.glm4v.modeling_glm4v import Glm4vTextRotaryEmbedding
 
 from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.count import count_parameters
+from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelConfig, ModelShape
 
 PRESETS = ("digits", "glm-4.1v-9b", "glm-4.6v-flash")
@@ -209,3 +210,9 @@ def test_presets_are_complete_hugging_face_configurations():
         for part in ("text_config", "vision_config"):
             wrong = {key: value for key, value in tree[part].items() if rebuilt[part][key] != value}
             assert not wrong, f"{preset}.{part}"
+
+
+def test_freezing_and_adapters_exclude_each_other():
+    """With adapters every weight is frozen, so a part in freeze would say nothing."""
+    with pytest.raises(ValueError, match="freeze: with lora no weight learns anyway"):
+        ModelConfig(preset="digits", freeze=("vision",), lora=LoraConfig(targets=("q_proj",)))

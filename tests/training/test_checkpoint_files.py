@@ -19,7 +19,7 @@ LAYOUT = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data
 
 
 def make_config(run_folder: Path, preset: str = "digits", **tree: Any) -> TrainConfig:
-    model = {"preset": preset, "freeze": tree.pop("freeze", ())}
+    model = {"preset": preset, "freeze": tree.pop("freeze", ()), "lora": tree.pop("lora", None)}
     data = {"sequence_length": 64, "sources": [{"name": "a", "path": "unused"}]}
     return validate(
         TrainConfig,
@@ -103,6 +103,7 @@ def test_another_architecture_is_refused_by_its_first_number(tmp_path: Path) -> 
         ({"precision": {"dtype": "fp32"}}, "precision.dtype was bf16 when it was saved and is fp32 now"),
         ({"parallel": {"distributed_optimizer": False}}, "parallel.distributed_optimizer was True .* and is False now"),
         ({"freeze": ["vision"]}, "model.freeze was .* and is .'vision'. now"),
+        ({"lora": {"rank": 4, "targets": ["q_proj"]}}, "model.lora was None when it was saved and is .'rank': 4"),
     ],
 )
 def test_another_kind_of_optimizer_state_is_refused(tmp_path: Path, tree: dict[str, Any], expected: str) -> None:

@@ -7,9 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
+from megatron_glmv.config.linears import adapted_layers
+from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelConfig, Part
 from megatron_glmv.sequence.packed import Document, pack
 from megatron_glmv.training.flops import Flops, device_peak, forward_flops, row_flops, training_flops
@@ -70,6 +74,29 @@ def test_training_equals_torch_count_whatever_is_frozen(model: Glm4vForCondition
     with FlopCounterMode(display=False) as counter:
         loss_of(model).backward()
     assert full_square(training_flops(SHAPE, [len(IDS)], FRAMES, freeze)) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ("*",),
+        ("layers.2.*.[qkv]_proj", "gate_up_proj"),
+        ("blocks.1.*.up_proj", "layers.1.*.o_proj"),
+        ("merger.proj",),
+        ("lm_head",),
+    ],
+    ids=str,
+)
+def test_training_adapters_equals_torch_count(targets: tuple[str, ...]):
+    """The frozen layers count what passes through them, those before the first adapter their forward pass alone."""
+    lora = LoraConfig(rank=3, targets=targets)
+    config = Glm4vConfig(**copy.deepcopy(ModelConfig(preset="digits").hf_config))
+    model = Glm4vForConditionalGeneration._from_config(config, attn_implementation="eager").float()
+    names = list(adapted_layers(lora, SHAPE))
+    get_peft_model(model, PeftConfig(r=lora.rank, target_modules=names, task_type="CAUSAL_LM"))
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model).backward()
+    assert full_square(training_flops(SHAPE, [len(IDS)], FRAMES, lora=lora)) == counter.get_total_flops()
 
 
 def test_documents_and_frames_attend_only_to_themselves():
