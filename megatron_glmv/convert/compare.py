@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
@@ -106,6 +105,9 @@ def run_transformers(folder: Path, weights: HfWeights, shape: ModelShape, done: 
     Raises:
         MappingError: transformers' model has other parameters than the folder.
     """
+    # It takes seconds to import, which a conversion without proof need not wait for.
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
     probe = make_probe(shape)
     with without_memory():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -186,6 +186,6 @@ def checkpoint_lora(folder: Path, shape: ModelShape) -> LoraConfig | None:
     try:
         lora = validate(LoraConfig, tree, where=str(folder))
         adapted_layers(lora, shape)
-    except ConfigError as error:
+    except (ConfigError, TypeError, ValueError) as error:
         raise MappingError(f"{folder}: its manifest names adapters that this architecture cannot have ({error})") from None
     return lora

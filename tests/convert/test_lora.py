@@ -250,7 +250,7 @@ def _spoilt(runs: Path, folder: Path, **changes: Any) -> Path:
         ({"rank": 4, "alpha": 8, "targets": ["q_proj"]}, "has .*adapter.*, unlike what lora"),
         ({"rank": 4, "alpha": 8, "targets": ["*"]}, "lacks .*adapter.*, unlike what lora"),
         ({"rank": 4, "alpha": 8, "targets": ["nothing"]}, "'nothing' matches no linear layer"),
-        ("yes", "not the manifest of a checkpoint"),
+        ("yes", "its manifest names adapters"),
     ],
 )
 def test_a_checkpoint_with_other_adapters_is_named(runs: Path, tmp_path: Path, changed: Any, message: str) -> None:
