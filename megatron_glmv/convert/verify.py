@@ -25,7 +25,7 @@ from megatron_glmv.convert.probe import DOCUMENTS, make_probe
 
 PARITY = "parity.json"
 TOLERANCE = 5e-4
-"""Largest difference of two logits, in standard deviations of all of them. Measured: 1e-5 on tiny models and 6e-5 on the 9B with
+"""Largest difference of two logits, in standard deviations of all of them. Measured: 1e-5 on tiny models, 6e-5 on the 9B with
 random weights, both noise of float32; the smallest known fault, a tanh GELU for the exact one, moves them by 2e-3."""
 Progress = Callable[[str, float], object]
 """Is told what has been worked on and which share of the whole it was."""
