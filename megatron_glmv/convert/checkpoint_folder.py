@@ -107,12 +107,12 @@ def publish(partial: Path, folder: Path, manifest: Mapping[str, Any], config_yam
     try:
         (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
         for file in sorted(partial.iterdir()):
-            _sync(file)
+            sync(file)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _sync(partial / MANIFEST)
-        _sync(partial)
+        sync(partial / MANIFEST)
+        sync(partial)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be completed ({error.strerror}); older checkpoints are untouched") from error
 
@@ -174,7 +174,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, value
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's list of files is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

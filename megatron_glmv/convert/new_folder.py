@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_glmv.convert.checkpoint_folder import PARTIAL, sync
 from megatron_glmv.convert.mapping import MappingError
 
 
@@ -24,7 +24,7 @@ def new_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
     """
     if folder.exists():
         raise MappingError(f"{folder}: exists already; remove it or choose another folder")
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -33,7 +33,7 @@ def new_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
             raise MappingError(f"{folder}: needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free")
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -41,11 +41,3 @@ def new_folder(folder: Path, needed_bytes: int = 0) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

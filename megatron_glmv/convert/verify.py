@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.convert.checkpoint_folder import check_architecture, origin, read_manifest
+from megatron_glmv.convert.checkpoint_folder import PARTIAL, check_architecture, origin, read_manifest
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.compare import Run, different_tensors, run_megatron, run_transformers
 from megatron_glmv.convert.hf_folder import HfWeights
@@ -99,7 +99,7 @@ def compare(hf_folder: Path, checkpoint: Path, stored: Stored, progress: Progres
     logits, stages = _logit_differences(reference, found, make_probe(shape).lengths), _stage_differences(reference, found)
     return Parity(
         checkpoint={key: manifest.get(key) for key in ("step", "layout", "dtype", "commit")}
-        | {"name": checkpoint.name.removesuffix(".partial")},
+        | {"name": checkpoint.name.removesuffix(PARTIAL)},
         versions=origin()["versions"],
         files=files,
         num_tensors=sum(len(found.hf_names) for found in entries(shape).values()),
