@@ -2,7 +2,8 @@
 
 The names are Hugging Face's because an adapter's user knows the layers by them, and because an exported adapter must name them.
 
-Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py; `tests/convert/test_peft_export.py` holds the table to the weight map.
+Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py; held to the weight map by
+tests/convert/test_peft_export.py.
 """
 
 from __future__ import annotations

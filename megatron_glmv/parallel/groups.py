@@ -6,6 +6,7 @@ import datetime as dt
 import math
 import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,11 +32,9 @@ def initialize(config: ParallelConfig, seed: int, timeout_s: float | None = None
     """
     timeout = dt.timedelta(seconds=timeout_s or config.timeout_s)
     if not dist.is_initialized():
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            os.environ.setdefault(name, value)
-        if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = "0"
-        dist.init_process_group(platform.backend(), timeout=timeout)
+        # A process that nobody launched is the only rank, and leaves no trace of it in the environment of its children.
+        alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(platform.backend(), timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
