@@ -123,7 +123,7 @@ class CurriculumConfig(Config):
     tier_rate: float = Field(default=0.05, ge=0, le=1)
     """Part of the way to the target that they move in one iteration."""
     offline_answers: float = Field(default=8.0, ge=0)
-    """As how many answers the offline pass rate counts at the first visit."""
+    """As how many answers the offline pass rate counts before the first visit; it decays with every visit."""
     online_decay: float = Field(default=0.5, ge=0, le=1)
     """What remains of all earlier evidence, the offline label included, when a prompt is visited again."""
     subcategory_focus: float = Field(default=1.0, ge=0)
