@@ -219,7 +219,7 @@ class _Decoding:
             self.writing.add([token], [logprob], stopped=stopped)
 
     def give_up(self) -> None:
-        """End the answer before a token that stands for pixels: read back, it would be taken for a picture that is not there."""
+        """End the answer before a token that stands for pixels: read back, it would be taken for a picture."""
         if self._waits():
             self.writing.abort()
 
