@@ -1,4 +1,4 @@
-"""Which prompts are rolled out: tiers of difficulty, weights that move to the middle, proportions of domains and sub-categories.
+"""Which prompts are rolled out: tiers of difficulty whose weights move to the middle, domains and sub-categories in proportion.
 
 A prompt's pass rate starts from its offline label and is merged with every visit; what is older decays. A draw divides the
 prompts among domains, their sub-categories, and the tiers within them, and takes from each tier those that were visited least
