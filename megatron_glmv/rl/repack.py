@@ -1,12 +1,12 @@
 """Which answers share a row, and which rows a data rank takes: few micro-steps, as many on every rank, and even work.
 
 All ranks must run equally many micro-steps, because their pipelines and collectives do. First the fewest rows that hold the
-answers are found by best-fit packing, which fixes the number of micro-steps; then the answers are dealt anew into that many rows
-of every rank, the largest load first, to the rank with least load that has a row with room (longest processing time first); last,
-answers are moved and swapped between the most and the least loaded rank while that helps. Where dealing does not fit, the rows of
-the packing are dealt as they are. Everything is a function of the arguments, so ranks agree without talking.
+answers are found by best-fit packing, which fixes the number of micro-steps. Then the answers are dealt anew into that many
+rows of every rank, the largest load first, to the rank of least load that has a row with room (longest processing time first).
+Where that does not fit, the rows of the packing are dealt as they are. Last, answers are moved and swapped between the most and
+the least loaded rank while that helps. Everything is a function of the arguments, so ranks agree without talking.
 
-Source: arXiv 2507.01006, section 5.4 (balance by length and compute, repacking into fixed rows; the algorithm is not disclosed).
+Source: arXiv 2507.01006, section 5.4 (balance by length and compute, repacking into fixed rows); how, is not disclosed.
 """
 
 from __future__ import annotations
