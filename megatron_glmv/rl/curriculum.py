@@ -1,4 +1,4 @@
-"""Which prompts are rolled out: tiers of difficulty, weights that move to the middle, proportions of domains and sub-categories.
+"""Which prompts are rolled out: tiers of difficulty whose weights move to the middle, domains and sub-categories in proportion.
 
 A prompt's pass rate starts from its offline label and is merged with every visit; what is older decays. A draw divides the
 prompts among domains, their sub-categories, and the tiers within them, and takes from each tier those that were visited least
@@ -190,13 +190,16 @@ class Curriculum:
             self._cell_rate[cells[domain, name]] = rate
 
     def _check_proportions(self) -> None:
-        config, domains = self._config, {domain for domain, _ in self._cells}
-        named = [(domain, None) for domain in (*config.domains, *config.subcategories)]
-        named += [(domain, name) for domain, names in config.subcategories.items() for name in names]
-        for domain, name in named:
-            if (domain not in domains) if name is None else ((domain, name) not in self._cells):
-                there = f"{domain}/{name}" if name is not None else domain
-                raise CurriculumError(f"curriculum: a proportion for {there!r}, of which there is no prompt; remove it")
+        domains = {domain for domain, _ in self._cells}
+        strangers = [domain for domain in (*self._config.domains, *self._config.subcategories) if domain not in domains]
+        strangers += [
+            f"{domain}/{name}"
+            for domain, names in self._config.subcategories.items()
+            for name in names
+            if (domain, name) not in self._cells
+        ]
+        if strangers:
+            raise CurriculumError(f"curriculum: a proportion for {strangers[0]!r}, of which there is no prompt; remove it")
 
     def _bring_back(self, iteration: int) -> None:
         if self._config.return_after is not None:

@@ -4,8 +4,8 @@ A group whose answers are all right or all wrong has no gradient. If a share of 
 batch needs 1 / (1 - share) times as many prompts; smoothed and capped, that is known before the wave starts, so that all of it
 runs in parallel, where sampling until the batch is full would run waves one after the other.
 
-Groups with fewer than two judged answers (a judge that was down, say) say nothing about difficulty: they enter neither the ratio
-nor the batch, and are counted.
+Groups with fewer than two judged answers (a judge that was down, say) say nothing about difficulty: they enter neither the
+ratio nor the batch, and are counted.
 
 Source: arXiv 2507.01006, section 5.3.1. Continuous rewards, too few useful groups and the cap are not in the paper.
 """
