@@ -221,7 +221,7 @@ class _Decoding:
     def give_up(self) -> None:
         """End the answer before a token that stands for pixels: read back, it would be taken for a picture."""
         if self._waits():
-            self.writing.abort()
+            self.writing.end("abort")
 
     def next_token(self, pad: int) -> int:
         """What the model reads next."""
