@@ -156,6 +156,22 @@ def test_a_visit_with_a_gradient_starts_the_count_anew():
     assert set(curriculum.draw(7, 1)) == {"p0"}, "p1: all wrong and no spread, twice"
 
 
+def test_right_after_wrong_starts_a_count_of_its_own():
+    curriculum = Curriculum(make_tasks(2), CurriculumConfig(drop_trivial_after=2, drop_unsolvable_after=2), seed=0)
+    for iteration, (first, second) in enumerate([(0, 8), (8, 0), (8, 0)]):
+        assert curriculum.report()["dropped/trivial"] == curriculum.report()["dropped/unsolvable"] == 0
+        curriculum.observe(iteration, [answered("p0", first), answered("p1", second)])
+    assert curriculum.report()["dropped/trivial"] == curriculum.report()["dropped/unsolvable"] == 1
+
+
+def test_running_pass_rate_of_a_subcategory():
+    curriculum = Curriculum(make_tasks(4, subcategories=("a", "b")), CurriculumConfig(subcategory_decay=0.75), seed=0)
+    curriculum.observe(0, [answered("p0", 8), answered("p2", 4), make_group([None], "p1")])
+    assert curriculum.state_dict()["subcategories"] == [["math", "a", 0.75]]
+    curriculum.observe(1, [answered("p0", 2), answered("p1", 1)])
+    assert curriculum.state_dict()["subcategories"] == [["math", "a", 0.75 * 0.75 + 0.25 * 0.25], ["math", "b", 0.125]]
+
+
 def test_everything_dropped_is_one_clear_line():
     curriculum = Curriculum(make_tasks(1), CurriculumConfig(drop_trivial_after=1), seed=0)
     curriculum.observe(0, [answered("p0", 8)])

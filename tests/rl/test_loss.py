@@ -203,6 +203,22 @@ def test_zero_advantages_give_exactly_zero():
     assert int(result.num_answers) == 9
 
 
+def test_report_of_the_clipping():
+    """Of good and bad tokens of various ratios, two are held above and one below, and dual clipping holds the worst."""
+    ratio = torch.tensor([[2.0, 1.5, 0.5, 0.5, 2.0, 2.0, 5.0, 1.0]])
+    advantages = torch.tensor([[1.0, 1.0, 1.0, -1.0, -1.0, 0.0, -1.0, -1.0]])
+    old = torch.full_like(ratio, -3.0)
+    terms = PolicyTerms(advantages, old, old, torch.zeros_like(ratio, dtype=torch.bool))
+    result = policy_loss(old + ratio.log(), torch.full_like(ratio, 1 / 8), terms, AlgorithmConfig(dual_clip=3.0))
+    assert (result.losses * 8)[0].tolist() == pytest.approx([-1.28, -1.28, -0.5, 0.8, 2.0, 0.0, 3.0, 1.0], rel=1e-6)
+    report = summarize(result.stats)
+    assert (report["clip_share_high"], report["clip_share_low"], report["clip_share_dual"]) == (2 / 8, 1 / 8, 1 / 8)
+    assert report["ratio_mean"] == pytest.approx(14.5 / 8)
+    assert report["ratio_max"] == pytest.approx(5.0)
+    assert report["advantage_mean"] == pytest.approx(-1 / 8)
+    assert report["kl_old"] == pytest.approx(float((1 / ratio - 1 + ratio.log()).mean()))
+
+
 def test_report_of_the_gap_to_the_engine():
     size = 1000
     old = torch.full((1, size), -1.0)

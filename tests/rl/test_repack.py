@@ -68,6 +68,14 @@ def test_full_rows_are_dealt_where_nothing_can_be_dealt_anew():
     assert skew(rank_loads(plan, loads)) < 1.05
 
 
+def test_exchanges_even_what_dealing_leaves():
+    """Dealing 3, 3, 2, 2, 2 by size gives 7 and 5; a swap of 3 for 2 gives 6 and 6, a mere move cannot."""
+    loads = np.array([3.0, 3, 2, 2, 2])
+    assert rank_loads(plan_rows([1] * 5, loads, num_ranks=2, row_length=3), loads) == [6, 6]
+    moved = np.array([5.0, 4, 3, 3, 3])
+    assert rank_loads(plan_rows([1] * 5, moved, num_ranks=2, row_length=5), moved) == [9, 9]
+
+
 def test_one_heavy_answer_is_left_alone():
     plan = plan_rows([10] * 7, [100, 1, 1, 1, 1, 1, 1], num_ranks=2, row_length=60)
     assert (0,) in [tuple(item for row in rank for item in row) for rank in plan]
