@@ -70,12 +70,13 @@ class Glm4vModel(MegatronModule):
         single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language_model.decoder.set_input_tensor(single)
 
-    def forward(self, inputs: ModelInputs, *, return_logits: bool = False) -> Tensor:
+    def forward(self, inputs: ModelInputs, *, return_logits: bool = False, temperature: float = 1.0) -> Tensor:
         """Run this stage on one row.
 
         Args:
             inputs: the row, cut for this rank.
             return_logits: on the last stage, return logits instead of losses.
+            temperature: that the logits are divided by.
 
         Returns:
             On the last stage [1, S] float32 losses of every token (or [S, 1, vocabulary / tensor ranks] logits), on others
@@ -86,6 +87,8 @@ class Glm4vModel(MegatronModule):
         if not self.post_process:
             return hidden
         logits = self.language_model.logits(hidden)
+        if temperature != 1.0:
+            logits = logits / temperature
         return logits if return_logits else self.language_model.token_losses(logits, inputs.labels)
 
     def _embed(self, inputs: ModelInputs) -> Tensor:

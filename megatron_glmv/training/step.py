@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,12 +17,16 @@ from megatron_glmv.config.model import ModelShape, Part
 from megatron_glmv.config.parallel import FP8_MULTIPLE
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.data.loader import StepRows
-from megatron_glmv.model.inputs import make_inputs
+from megatron_glmv.model.glm4v import Glm4vModel
+from megatron_glmv.model.inputs import ModelInputs, make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.flops import Flops, row_flops
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
+
+ForwardStep = Callable[[Iterator[Any], Any], tuple[Tensor, Any]]
+"""Megatron's: (iterator of rows, chunk) -> (its output, the function that makes a loss of it)."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +100,25 @@ def agree_on_faults(batch: StepRows) -> tuple[list[PackedSequence], int]:
     return rows, bad
 
 
-def run_schedule(assembly: Assembly, rows: Sequence[PackedSequence], *, forward_only: bool) -> list[Tensor]:
+def run_schedule(
+    assembly: Assembly, rows: Sequence[Any], *, forward_only: bool, forward_step: ForwardStep | None = None
+) -> list[Tensor]:
     """Send `rows` through Megatron's schedule for this layout, one row a micro-batch.
 
+    Args:
+        assembly: this rank's model.
+        rows: packed rows, or what `forward_step` takes from its iterator.
+        forward_only: without a backward pass.
+        forward_step: what Megatron calls for each row and chunk; None: the weighted loss of packed rows.
+
     Returns:
-        On the last stage, for each row [2] float32: this context rank's sum of weighted losses, and number of trained tokens.
+        On the last stage, what the loss function reports of each row; for packed rows [2] float32: this context rank's sum of
+        weighted losses, and number of trained tokens.
     """
     num_chunks = len(assembly.chunks)
     iterators = [iter(rows) for _ in range(num_chunks)]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, assembly.config),
+        forward_step_func=forward_step or partial(_forward_step, assembly.config),
         data_iterator=iterators if num_chunks > 1 else iterators[0],
         model=assembly.chunks if num_chunks > 1 else assembly.chunks[0],
         num_microbatches=len(rows),
@@ -117,11 +130,22 @@ def run_schedule(assembly: Assembly, rows: Sequence[PackedSequence], *, forward_
 
 def _forward_step(config: TrainConfig, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
     """Megatron's forward step: run one chunk on the next row; returns its output and the function that makes it a loss."""
-    model, shape = chunk.module, config.model.shape
-    row = next(iterator)
+    inputs = chunk_inputs(config, next(iterator), chunk.module)
+    return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
+
+
+def chunk_inputs(config: TrainConfig, row: PackedSequence, model: Glm4vModel) -> ModelInputs:
+    """What one chunk of this rank's model reads of a row; collective over the ranks that share the row's pictures.
+
+    Args:
+        config: the run's.
+        row: with patches on the decoding rank.
+        model: the chunk.
+    """
+    shape = config.model.shape
     if model.pre_process:
         row = replace(row, patches=_shared_patches(row, shape))
-    inputs = make_inputs(
+    return make_inputs(
         row,
         shape,
         platform.device(),
@@ -131,7 +155,6 @@ def _forward_step(config: TrainConfig, iterator: Iterator[PackedSequence], chunk
         with_vision=model.pre_process,
         merged_multiple=FP8_MULTIPLE if config.precision.fp8_vision != "off" else 1,
     )
-    return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
 
 
 def _shared_patches(row: PackedSequence, shape: ModelShape) -> Tensor | None:

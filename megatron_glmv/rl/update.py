@@ -1,0 +1,143 @@
+"""The policy's update on this rank: its own log-probabilities before it, then the clipped loss through Megatron's schedule.
+
+The rows pass through the same schedule, the same chunks and the same optimizer step as those of training; only the loss is
+another. The schedule divides the gradient by the number of answers of the global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_glmv.config.rl import AlgorithmConfig
+from megatron_glmv.parallel import platform
+from megatron_glmv.rl.batch import PolicyRow
+from megatron_glmv.rl.loss import GAP_BINS, MAXIMA, SUMS, PolicyStats, policy_loss
+from megatron_glmv.sequence.shard import context_indices
+from megatron_glmv.training.assemble import Assembly
+from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
+from megatron_glmv.training.step import chunk_inputs, run_schedule
+
+NUM_SUMS = len(SUMS) + GAP_BINS
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update did; equal on all ranks.
+
+    Attributes:
+        stats: over the global batch.
+        grad_norm: before clipping.
+        applied: False: a gradient was not finite, and the update changed nothing.
+    """
+
+    stats: PolicyStats
+    grad_norm: float
+    applied: bool
+
+
+@torch.no_grad()
+def old_logprobs(assembly: Assembly, rows: Sequence[PolicyRow], temperature: float) -> list[PolicyRow]:
+    """The rows with the log-probabilities of the policy as it is now, on the ranks of the last stage.
+
+    Args:
+        assembly: this rank's model.
+        rows: this replica's.
+        temperature: of the sampling.
+    """
+    for chunk in assembly.chunks:
+        chunk.eval()
+    found = run_schedule(assembly, rows, forward_only=True, forward_step=partial(_report_logprobs, assembly, temperature))
+    if not found:
+        return list(rows)
+    return [
+        replace(row, terms=row.terms.with_old(_whole(row, logprobs, row.terms.old_logprobs)))
+        for row, logprobs in zip(rows, found, strict=True)
+    ]
+
+
+def update_policy(
+    assembly: Assembly, rows: Sequence[PolicyRow], step: int, algorithm: AlgorithmConfig, temperature: float
+) -> UpdateResult:
+    """One optimizer update on this replica's rows.
+
+    Args:
+        assembly: this rank's model and optimizer.
+        rows: with the old policy's log-probabilities; as many on every replica.
+        step: counted from 0; fixes the learning rates.
+        algorithm: clip bounds and optional terms.
+        temperature: of the sampling.
+    """
+    for chunk in assembly.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    assembly.optimizer.zero_grad()
+    reports = run_schedule(
+        assembly, rows, forward_only=False, forward_step=partial(_policy_step, assembly, algorithm, temperature)
+    )
+    set_learning_rates(assembly.optimizer, step, assembly.config)
+    outcome = step_optimizer(assembly.optimizer)
+    return UpdateResult(_reduce(reports), outcome.grad_norm, outcome.applied)
+
+
+def _report_logprobs(assembly: Assembly, temperature: float, iterator: Iterator[PolicyRow], chunk: Any) -> tuple[Tensor, Any]:
+    inputs = chunk_inputs(assembly.config, next(iterator).row, chunk.module)
+
+    def report(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return losses.sum(), torch.ones((), dtype=torch.int32, device=losses.device), -losses.detach()
+
+    return chunk(inputs, temperature=temperature), report
+
+
+def _policy_step(
+    assembly: Assembly, algorithm: AlgorithmConfig, temperature: float, iterator: Iterator[PolicyRow], chunk: Any
+) -> tuple[Tensor, Any]:
+    row = next(iterator)
+    inputs = chunk_inputs(assembly.config, row.row, chunk.module)
+
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        terms = row.terms.at(_own_tokens(row), losses.device)
+        result = policy_loss(-losses, inputs.loss_weights, terms, algorithm)
+        return result.losses.sum(), result.num_answers, torch.cat((result.stats.sums, result.stats.maxima))
+
+    return chunk(inputs, temperature=temperature), loss
+
+
+def _own_tokens(row: PolicyRow) -> Tensor:
+    """Which of the row's tokens this context rank has, in its order."""
+    return context_indices(
+        row.row.document_lengths, parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    )
+
+
+def _whole(row: PolicyRow, own: Tensor, like: Tensor) -> Tensor:
+    """A tensor of all the row's tokens with those of this context rank filled in."""
+    values = torch.zeros_like(like)
+    values[_own_tokens(row)] = own.reshape(-1).to(values.device, values.dtype)
+    return values
+
+
+def _reduce(reports: Sequence[Tensor]) -> PolicyStats:
+    """Sums and maxima over rows, context ranks and replicas; the same on every rank."""
+    size = NUM_SUMS + len(MAXIMA)
+    found = torch.zeros(size, dtype=torch.float64, device=platform.device())
+    sums, maxima = found[:NUM_SUMS], found[NUM_SUMS:]
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        if reports:
+            stacked = torch.stack([report.double() for report in reports])
+            sums.copy_(stacked[:, :NUM_SUMS].sum(0))
+            maxima.copy_(stacked[:, NUM_SUMS:].amax(0))
+        replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        dist.all_reduce(sums, group=replicas)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=replicas)
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if dist.get_world_size(pipeline) > 1:
+        dist.broadcast(found, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    return PolicyStats(found[:NUM_SUMS].cpu(), found[NUM_SUMS:].cpu())
