@@ -19,13 +19,11 @@ from torch import Tensor
 from megatron_glmv.config.rl import AlgorithmConfig
 from megatron_glmv.parallel import platform
 from megatron_glmv.rl.batch import PolicyRow
-from megatron_glmv.rl.loss import GAP_BINS, MAXIMA, SUMS, PolicyStats, policy_loss
+from megatron_glmv.rl.loss import PolicyStats, merge_stats, policy_loss
 from megatron_glmv.sequence.shard import context_indices
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 from megatron_glmv.training.step import chunk_inputs, run_schedule
-
-NUM_SUMS = len(SUMS) + GAP_BINS
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,10 @@ def _policy_step(
     row = next(iterator)
     inputs = chunk_inputs(assembly.config, row.row, chunk.module)
 
-    def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(losses: Tensor) -> tuple[Tensor, Tensor, PolicyStats]:
         terms = row.terms.at(_own_tokens(row), losses.device)
         result = policy_loss(-losses, inputs.loss_weights, terms, algorithm)
-        return result.losses.sum(), result.num_answers, torch.cat((result.stats.sums, result.stats.maxima))
+        return result.losses.sum(), result.num_answers, result.stats
 
     return chunk(inputs, temperature=temperature), loss
 
@@ -124,20 +122,15 @@ def _whole(row: PolicyRow, own: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-def _reduce(reports: Sequence[Tensor]) -> PolicyStats:
-    """Sums and maxima over rows, context ranks and replicas; the same on every rank."""
-    size = NUM_SUMS + len(MAXIMA)
-    found = torch.zeros(size, dtype=torch.float64, device=platform.device())
-    sums, maxima = found[:NUM_SUMS], found[NUM_SUMS:]
+def _reduce(reports: Sequence[PolicyStats]) -> PolicyStats:
+    """Statistics over rows, context ranks and replicas; the same on every rank."""
+    found = merge_stats(reports, platform.device())
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        if reports:
-            stacked = torch.stack([report.double() for report in reports])
-            sums.copy_(stacked[:, :NUM_SUMS].sum(0))
-            maxima.copy_(stacked[:, NUM_SUMS:].amax(0))
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        dist.all_reduce(sums, group=replicas)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=replicas)
+        dist.all_reduce(found.sums, group=replicas)
+        dist.all_reduce(found.maxima, op=dist.ReduceOp.MAX, group=replicas)
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     if dist.get_world_size(pipeline) > 1:
-        dist.broadcast(found, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
-    return PolicyStats(found[:NUM_SUMS].cpu(), found[NUM_SUMS:].cpu())
+        for values in (found.sums, found.maxima):
+            dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
+    return found

@@ -102,7 +102,7 @@ def agree_on_faults(batch: StepRows) -> tuple[list[PackedSequence], int]:
 
 def run_schedule(
     assembly: Assembly, rows: Sequence[Any], *, forward_only: bool, forward_step: ForwardStep | None = None
-) -> list[Tensor]:
+) -> list[Any]:
     """Send `rows` through Megatron's schedule for this layout, one row a micro-batch.
 
     Args:
