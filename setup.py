@@ -45,6 +45,7 @@ setup(
         "tqdm",
         "matplotlib",
         "scikit-learn",
+        "scipy",
         "pyarrow",
         "av",
         "httpx",
