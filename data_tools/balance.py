@@ -4,7 +4,7 @@ A first pass counts how many samples mention each concept; in the second a sampl
 each with probability cap / count. The draw is a function of seed, key and concept: no order, part or process changes it.
 
 Source: Xu et al., "Demystifying CLIP Data" (arXiv 2309.16671) section 3 and algorithm 1 (sub-string matching, cap 20,000 for
-400 M pairs); GLM-4.1V-Thinking (arXiv 2507.01006v6) section 3.1 resamples in this manner, its list and cap are not in the paper.
+400 M pairs); GLM-4.1V-Thinking (arXiv 2507.01006v6) section 3.1 resamples in this manner; it gives neither list nor cap.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from data_tools.corpus.reader import CorpusError
 from data_tools.dedupe import all_text
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen before)
+from matplotlib import pyplot as plt
 
 REASONS = {
     "no_concept": "no concept of the list is mentioned (--unmatched keep lets such samples stay)",
@@ -198,6 +198,7 @@ def draw_histogram(path: Path, names: list[str], before: npt.NDArray[np.int64], 
             ranks.plot(np.arange(1, len(counts) + 1), np.sort(counts)[::-1], label=label)
         ranks.axhline(cap, color="grey", linestyle=":", label=f"cap {cap}")
         ranks.set(xscale="log", yscale="symlog", xlabel="concept, by rank", ylabel="samples", title="all concepts")
+        ranks.set_ylim(bottom=0)
         ranks.legend()
         shown = min(SHOWN, len(names))
         places = np.arange(shown)
