@@ -62,10 +62,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """Files by name and size."""
-        files = {
-            name: [[path.name, path.stat().st_size] for path in getattr(self, name)]
-            for name in ("texts", "fonts", "backgrounds")
-        }
+        groups = {"texts": self.texts, "fonts": self.fonts, "backgrounds": self.backgrounds}
+        files = {name: [[path.name, path.stat().st_size] for path in paths] for name, paths in groups.items()}
         return asdict(self) | files
 
 
@@ -201,6 +199,8 @@ def _make_background(plan: Plan, width: int, height: int, random: np.random.Gene
             picture = opened.convert("RGB")
     except Fault:
         raise
+    except Image.DecompressionBombError as error:
+        raise Fault("image_bomb", f"{path.name}: {error}") from None
     except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever their parser raises on broken bytes)
         raise Fault("background_broken", f"{path.name}: {error}") from None
     fit = min(picture.width / width, picture.height / height)
@@ -284,8 +284,9 @@ def list_fonts(folder: Path | None) -> tuple[Path, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `glmv-data render-ocr`."""
     parser.description = (
-        "Renders pages of text; samples ask for the text or for the box of a line. The extra field `lines` has every line with\n"
-        "its box in pixels. Lines whose characters no font has are counted as glyphs_missing: name --fonts for other scripts."
+        "Renders pages of text; samples ask for the text or for the box of a line. The extra field `lines` has every line\n"
+        "with its box in pixels. Pages whose characters no font has are counted as glyphs_missing: name --fonts for other\n"
+        "scripts."
     )
     arguments.add_arguments(parser, with_inputs=False)
     group = parser.add_argument_group("pages")

@@ -91,7 +91,9 @@ def check_medium(ref: MediaRef, data: bytes, check: Check) -> Medium:
     extension = sniff(data)
     named = ref.name.rpartition(".")[2].lower() if "." in ref.name else ""
     if EXTENSIONS.get(extension) != ref.kind:
-        raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'} where a {ref.kind} should be")
+        raise Fault(
+            "media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, not the {ref.kind} that it should be"
+        )
     misnamed = named in EXTENSIONS and SAME.get(named, named) not in (SAME.get(extension, extension), "")
     if check == "none":
         return Medium(ref.kind, data, extension, was_misnamed=misnamed)
