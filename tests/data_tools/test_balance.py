@@ -11,14 +11,10 @@ from PIL import Image
 from data_tools import cli
 from data_tools.balance import load_concepts
 
-ANSWER = "assistant"
-
 
 def write(path: Path, texts: dict[str, str]) -> Path:
-    lines = [
-        {"id": key, "messages": [{"role": "user", "content": "?"}, {"role": ANSWER, "content": text}]}
-        for key, text in texts.items()
-    ]
+    turns = {key: [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for key, text in texts.items()}
+    lines = [{"id": key, "messages": messages} for key, messages in turns.items()]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 

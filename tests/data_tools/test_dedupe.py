@@ -46,7 +46,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     lines = [
-        sample("a", TEXT, images=["a.jpg"]), sample("b", TEXT, images=["b.jpg"]), sample("a-again", TEXT.upper(), images=["a.jpg"]),
+        sample("a", TEXT, images=["a.jpg"]), sample("b", TEXT, images=["b.jpg"]),
+        sample("a-again", TEXT.upper(), images=["a.jpg"]),
         sample("small", OTHER, images=["small.jpg"]), sample("bright", TEXT, images=["bright.png"]),
         sample("large", OTHER, images=["large.png"]), sample("c", TEXT, images=["c.jpg"]),
         sample("ab", TEXT, images=["a.jpg", "b.jpg"]), sample("a-large", OTHER, images=["small.jpg", "large.png"]),
@@ -89,10 +90,10 @@ def test_what_a_benchmark_holds_goes(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "q.jpg").write_bytes((corpus / "large.png").read_bytes())
     (tmp_path / "bench" / "q.mp4").write_bytes(clip(5))
-    lines = [sample("q1", "yes", images=["q.jpg"]), sample("q2", "no", videos=["q.mp4"]),
-             sample("q3", "He asked why three children play chess under a large tree while their grandmother sleeps.")]  # fmt: skip
+    question = "He asked why three children play chess under a large tree while their grandmother sleeps."
+    lines = [sample("q1", "yes", images=["q.jpg"]), sample("q2", "no", videos=["q.mp4"]), sample("q3", question)]
     (tmp_path / "bench" / "q.jsonl").write_text("\n".join(lines))
-    kept, dropped = run(corpus, tmp_path / "out", "--benchmark", str(tmp_path / "bench" / "q.jsonl"), "--ngram", "8")
+    _, dropped = run(corpus, tmp_path / "out", "--benchmark", str(tmp_path / "bench" / "q.jsonl"), "--ngram", "8")
     images = {key for key, (reason, _) in dropped.items() if reason == "benchmark_image"}
     assert images == {"b", "large", "ab", "ba", "a-large", "w"}
     texts = {key: detail for key, (reason, detail) in dropped.items() if reason == "benchmark_text"}
