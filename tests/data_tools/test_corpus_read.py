@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_tools.corpus import jsonl
+from data_tools.corpus.checks import check_medium
 from data_tools.corpus.faults import Dropped, Fault
 from data_tools.corpus.formats import draft_sample
-from data_tools.corpus.media import MediaRef, Record
+from data_tools.corpus.media import MediaRef, Place, Record
 from data_tools.corpus.reader import CorpusError, list_chunks, read_media
+from tests.data.pictures import draw, encode, rotated_exif
 from tests.data_tools.fuzzed import clip, jpeg, write_tar
 
 URI = "data:image/jpeg;base64," + base64.b64encode(jpeg(0)).decode()
@@ -162,3 +165,29 @@ def test_media_may_lie_under_a_further_root(tmp_path: Path) -> None:
     assert [type(record) for record in read_all(tmp_path / "texts")] == [Dropped, Dropped]
     (chunk,) = list_chunks([tmp_path / "texts"], media_roots=[tmp_path / "media"])
     assert [type(record) for record in chunk.read()] == [Record, Record]
+
+
+def test_pictures_are_measured_upright_as_the_loader_turns_them() -> None:
+    turned = {form: encode(draw(60, 100), form, exif=rotated_exif()) for form in ("JPEG", "PNG", "WEBP", "TIFF")}
+    plain = {form: encode(draw(60, 100), form) for form in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "BMP")}
+    for check in ("decode", "headers"):
+        for form, data in (*turned.items(), *plain.items()):
+            medium = check_medium(MediaRef("image", form, Place("file", form)), data, check)
+            size = (60, 100) if data is turned.get(form) else (100, 60)
+            assert (medium.width, medium.height) == size, (form, check)
+            assert [preview.size for preview in medium.previews] == ([size] if check == "decode" else [])
+
+
+@pytest.mark.parametrize("form", ["mp4", "mkv"])
+def test_frames_of_a_video_are_spread_over_it(form: str) -> None:
+    data = clip(3, frames=16, form=form)
+    medium = check_medium(MediaRef("video", f"a.{form}", Place("file", "a")), data, "decode")
+    assert (medium.width, medium.height, medium.extension) == (128, 112, form)
+    assert len(medium.previews) == 4
+    wide = draw(112, 128 + 64, 3).astype(float)
+    offsets = []
+    for preview in medium.previews:
+        pixels = np.asarray(preview, dtype=float)
+        errors = [np.abs(pixels - wide[:, start : start + 128]).mean() for start in range(0, 61, 4)]
+        offsets.append(int(np.argmin(errors)))
+    assert offsets == [2, 6, 10, 14]
