@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from data_tools.corpus import jsonl
 from data_tools.corpus.checks import check_medium
-from data_tools.corpus.faults import Dropped, Fault
+from data_tools.corpus.faults import FAULTS, Dropped, Fault
 from data_tools.corpus.formats import draft_sample
 from data_tools.corpus.media import MediaRef, Place, Record
 from data_tools.corpus.reader import CorpusError, list_chunks, read_media
@@ -191,3 +192,29 @@ def test_frames_of_a_video_are_spread_over_it(form: str) -> None:
         errors = [np.abs(pixels - wide[:, start : start + 128]).mean() for start in range(0, 61, 4)]
         offsets.append(int(np.argmin(errors)))
     assert offsets == [2, 6, 10, 14]
+
+
+def test_a_damaged_header_in_a_tar_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    members = [(f"k{number}.{kind}", data) for number in range(4) for kind, data in (("jpg", jpeg(number)), ("txt", b"a text"))]
+    write_tar(tmp_path / "a.tar", members)
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        header = tar.getmember("k2.jpg").offset
+        end = max(member.offset_data + member.size for member in tar.getmembers())
+    data[header : header + 512] = b"\x5a" * 512
+    (tmp_path / "a.tar").write_bytes(data)
+    *good, last = read_all(tmp_path)
+    assert [record.sample.key for record in good if isinstance(record, Record)] == ["k0", "k1"]
+    assert isinstance(last, Dropped)
+    assert (last.reason, last.detail) == ("tar_broken", f"the header at byte {header} is damaged")
+    write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: -(-end // 512) * 512])
+    *good, last = read_all(tmp_path)
+    assert len(good) == 4
+    assert isinstance(last, Dropped)
+    assert last.detail == "ends without the blocks that end a tar"
+
+
+def test_every_fault_is_explained_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [code for code in FAULTS if f"`{code}`" not in text] == []
