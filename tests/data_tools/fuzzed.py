@@ -63,7 +63,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-GOOD = 14
+GOOD = 15
 """Samples of the fuzzed corpus that can be used."""
 FAULTS = {
     "image_broken": 3, "media_empty": 2, "media_wrong_type": 2, "image_bomb": 2, "text_not_a_string": 1, "tar_broken": 2,
@@ -94,6 +94,7 @@ def write_fuzzed(folder: Path) -> Path:
     lines = [
         *(pair(f"good-{seed}", f"i/{seed}.jpg", score=float("nan")) for seed in range(6)),
         pair("misnamed", "i/really.png"),
+        pair("../../evil", "i/../i/5.jpg"),
         {"id": "video", "messages": [{"role": "user", "content": ask}, answer]},
         pair("cut", "i/cut.jpg"),
         {"id": "empty", "video": "i/empty.mp4", "caption": "nothing at all"},
