@@ -21,13 +21,14 @@ DISTINCT = 40
 def watch(arguments: list[str], partial: Path) -> list[tuple[int, int]]:
     """Run a command in one process; (chunks done in all passes, resident bytes) every few milliseconds."""
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    seen = []
+    seen, done = [], 0
     with subprocess.Popen(
         [sys.executable, "-m", "data_tools", *arguments], env=environment, stderr=subprocess.DEVNULL
     ) as process:
         own = psutil.Process(process.pid)
         while process.poll() is None:
-            done = len(list(partial.glob("*/*.done.json")))
+            # At the end the folder with the marks is gone, and what counts is the most that was seen.
+            done = max(done, len(list(partial.glob("*/*.done.json"))))
             try:
                 seen.append((done, own.memory_info().rss))
             except psutil.NoSuchProcess:
