@@ -84,7 +84,7 @@ def write_fuzzed(folder: Path) -> Path:
         (root / "i" / f"{seed}.jpg").write_bytes(jpeg(seed))
     files = {"cut.jpg": jpeg(7)[: len(jpeg(7)) // 2], "empty.mp4": b"", "page.jpg": b"<html>404</html>", "bomb.png": bomb(),
              "really.png": jpeg(8), "clip.mp4": clip(0), "cut.mp4": clip(1)[:200], "film.jpg": clip(2),
-             "head.jpg": jpeg(9)[:20]}  # fmt: skip
+             "head.jpg": jpeg(9)[:20], "other.jpg": jpeg(10)}  # fmt: skip
     for name, data in files.items():
         (root / "i" / name).write_bytes(data)
     ask = [{"type": "video", "video": "i/clip.mp4"}, {"type": "text", "text": "What?"}]
@@ -94,7 +94,7 @@ def write_fuzzed(folder: Path) -> Path:
     lines = [
         *(pair(f"good-{seed}", f"i/{seed}.jpg", score=float("nan")) for seed in range(6)),
         pair("misnamed", "i/really.png"),
-        pair("../../evil", "i/../i/5.jpg"),
+        pair("../../evil", "i/../i/other.jpg"),
         {"id": "video", "messages": [{"role": "user", "content": ask}, answer]},
         pair("cut", "i/cut.jpg"),
         {"id": "empty", "video": "i/empty.mp4", "caption": "nothing at all"},
