@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -59,8 +60,8 @@ class _Stock:
         classes[order] = before * CLASSES // max(int(sizes.sum()), 1)
         held = np.maximum(np.bincount(classes, sizes, CLASSES), 1)
         centres = (np.bincount(classes, extra, CLASSES) / held).tolist()
-        self._middles = sorted((low + high) / 2 for low, high in zip(centres, centres[1:], strict=False))
-        self._nearest = [sorted(range(CLASSES), key=lambda k, c=c: (abs(k - c), k)) for c in range(CLASSES)]
+        self._middles = sorted((low + high) / 2 for low, high in pairwise(centres))
+        self._nearest = [np.argsort(np.abs(np.arange(CLASSES) - kind), kind="stable").tolist() for kind in range(CLASSES)]
         self._room, self._short = room, max(1, room // SHORT_SHARE)
         self._sizes, self._extra, self._loads = sizes.tolist(), extra.tolist(), loads.tolist()
         self._classes = classes.tolist()

@@ -3,7 +3,7 @@
 Two ways are tried where the samples' costs are known: best fit, which needs the fewest rows, and rows built towards the mean
 cost (`even_rows`), which make the shorter steps; the second is taken unless it needs more rows than it is worth.
 
-In best fit long samples are placed first, longest first, each into the fullest row that still takes it (best fit); the many short ones
+In best fit long samples are placed first, longest first, each into the fullest row that still takes it; the many short ones
 follow in seeded random order, so that a row mixes tasks instead of collecting samples of one length. Rows are found by the
 room that is left in them: the set of occurring rooms is one big integer whose lowest bit above the needed length is the best
 fit, so a placement costs about a microsecond for each few thousand tokens of row length, whatever the number of rows.
