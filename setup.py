@@ -36,6 +36,7 @@ setup(
         "PyYAML",
         "numpy",
         "pillow",
+        "av",
         "psutil",
         "safetensors",
         "transformers>=5.23",

@@ -1,12 +1,15 @@
 """From a conversation to tokens and loss weights, with the tokenizer and chat template of a Hugging Face folder.
 
+A video is written as its temporal patches, each like a picture, with the second of its first frame as text behind it.
+
 GLM has no end-of-turn token: a turn of the assistant ends where the next role token, or end of text, stands, and generation
 stops on those. So that a model learns to stop, the token after an assistant's turn is trained like the turn itself. The
 template has no generation markers, so the turns are found from the role tokens; a text that contains such a marker literally is
 refused, because it would be taken for structure.
 
-Source: transformers 5.23.0, models/glm4v/processing_glm4v.py (placeholder expansion) and
-image_processing_glm4v.py (limits in `size`); stop tokens from the released generation_config.json.
+Source: transformers 5.23.0, models/glm4v/processing_glm4v.py and models/glm46v/processing_glm46v.py (placeholder expansion),
+image_processing_glm4v.py and video_processing_*.py (limits in `size`, class defaults), video_processing_utils.py (which file
+holds a video's settings); stop tokens from the released generation_config.json.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy.typing as npt
 from transformers import AutoTokenizer
 
 from megatron_glmv.data.sample import Sample, SampleError
+from megatron_glmv.data.videos import DynamicRate, FixedRate, VideoPlan, VideoSettings, write_seconds
 from megatron_glmv.sequence.grid import Grid, PixelLimits
 from megatron_glmv.sequence.packed import Document
 
@@ -32,6 +36,8 @@ STOPS = ("<|user|>", "<|observation|>")
 """Role tokens that end an assistant's turn; the last turn ends with END."""
 END = "<|endoftext|>"
 IMAGE, VIDEO = "<|image|>", "<|video|>"
+FRAME = "<|begin_of_image|><|image|><|end_of_image|>"
+"""A temporal patch of a video, before its placeholder is expanded."""
 STRUCTURE = (*ROLE_TOKENS, END, IMAGE, VIDEO, "[gMASK]", "<sop>", "<eop>", "<|begin_of_image|>", "<|end_of_image|>",
              "<|begin_of_video|>", "<|end_of_video|>")  # fmt: skip
 """Markers that only the template may write; a text that holds one is an error."""
@@ -73,12 +79,47 @@ def read_image_settings(folder: Path) -> ImageSettings:
     return ImageSettings(limits, int(tree.get("patch_size", 14)), int(tree.get("merge_size", 2)))
 
 
+def read_video_settings(folder: Path) -> VideoSettings:
+    """How a folder's processor samples, resizes and writes videos, found from its classes as transformers finds it.
+
+    Args:
+        folder: as for `read_image_settings`, whose limits hold for videos where the folder has no settings for them.
+
+    Raises:
+        ProcessorError: a class that is not of GLM-4.1V or GLM-4.6V, or limits that are no pair of numbers.
+    """
+    whole = _read_json(folder / "processor_config.json") or {}
+    image = _read_json(folder / "preprocessor_config.json")
+    tree = whole.get("video_processor") or _read_json(folder / "video_preprocessor_config.json") or image or {}
+    named = whole.get("processor_class") or (image or {}).get("processor_class") or tree.get("processor_class")
+    processor = named or "Glm4vProcessor"
+    sampler = tree.get("video_processor_type") or processor.replace("Processor", "VideoProcessor")
+    families = {"Glm4v": "whole", "Glm46V": "tenths"}
+    names = [name.removesuffix("VideoProcessor").removesuffix("Processor") for name in (processor, sampler)]
+    if not set(names) <= set(families):
+        raise ProcessorError(f"{folder}: the processor's classes are {processor} and {sampler}, not of GLM-4.1V or GLM-4.6V")
+    size = {"shortest_edge": 12_544, "longest_edge": 47_040_000} | (tree.get("size") or {})
+    fixed = FixedRate(float(tree.get("fps") or 2), float(tree.get("max_duration") or 300))
+    try:
+        limits = PixelLimits(int(size["shortest_edge"]), int(size["longest_edge"]))
+    except (TypeError, ValueError):
+        raise ProcessorError(f"{folder}: the video processor's size is {size}, not two numbers of pixels x frames") from None
+    return VideoSettings(
+        limits,
+        fixed if names[1] == "Glm4v" else DynamicRate(),
+        "whole" if names[0] == "Glm4v" else "tenths",
+        int(tree.get("patch_size", 14)),
+        int(tree.get("merge_size", 2)),
+    )
+
+
 class Chat:
-    """The tokenizer, template and image settings of one processor folder.
+    """The tokenizer, template, image and video settings of one processor folder.
 
     Attributes:
         tokenizer: of transformers.
         image: how pictures are cut into patches.
+        video: which frames of a video are taken, and how they are cut.
         vocab_size: every id is below it.
         image_token: id of a merged visual token.
         pad_token: id of end of text, which also fills rows.
@@ -100,10 +141,11 @@ class Chat:
         if not self.tokenizer.chat_template:
             raise ProcessorError(f"{folder}: the tokenizer has no chat template (chat_template.jinja)")
         vocabulary = self.tokenizer.get_vocab()
-        missing = [marker for marker in (*ROLE_TOKENS, END, IMAGE) if marker not in vocabulary]
+        missing = [marker for marker in (*ROLE_TOKENS, END, IMAGE, VIDEO) if marker not in vocabulary]
         if missing:
             raise ProcessorError(f"{folder}: the tokenizer lacks GLM's special tokens {', '.join(missing)}")
         self.image = read_image_settings(folder)
+        self.video = read_video_settings(folder)
         self.vocab_size = max(vocabulary.values()) + 1
         self.image_token: int = vocabulary[IMAGE]
         self.pad_token: int = vocabulary[END]
@@ -134,35 +176,48 @@ class Chat:
             messages.append({"role": message.role, "content": content})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
-    def encode(self, sample: Sample, grids: Sequence[Grid]) -> Document:
+    def encode(self, sample: Sample, media: Sequence[Grid | VideoPlan]) -> Document:
         """A sample as one document.
 
         Every token of an assistant's turn is trained with weight 1, and so is the token that ends it; the role token and the
         newline behind it are the prompt and are not.
 
         Args:
-            sample: whose media are images.
-            grids: of each image, in the order of the text.
+            sample: a conversation.
+            media: the grid of each image and the plan of each video, in the order of the text.
 
         Returns:
-            A document with visual placeholders expanded to one token a merged patch; tokens int32, loss weights float32.
+            A document with visual placeholders expanded to one token a merged patch, and videos to their temporal patches with
+            the seconds between them; tokens int32, loss weights float32.
 
         Raises:
-            SampleError: markers of the template in a text, a video, or grids that do not match the images.
+            SampleError: markers of the template in a text, or media that do not match the sample's.
         """
-        if any(item.kind == "video" for item in sample.media()):
-            raise SampleError(sample.key, "videos cannot be packed yet")
-        ids = self.tokenizer(self.render(sample), add_special_tokens=False)["input_ids"]
+        plans = [plan for plan in media if isinstance(plan, VideoPlan)]
+        text = self._write_videos(sample, plans)
+        frames: list[tuple[int, int]] = []
+        for plan in media:
+            frames += plan.frames if isinstance(plan, VideoPlan) else (plan.frame,)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens = np.array([*ids, self.pad_token], dtype=np.int32)
         is_image = tokens == self.image_token
-        if int(is_image.sum()) != len(grids):
+        if int(is_image.sum()) != len(frames):
             raise SampleError(sample.key, "the template does not show every image once",
-                              f"{int(is_image.sum())} placeholders for {len(grids)} images")  # fmt: skip
+                              f"{int(is_image.sum())} placeholders for {len(frames)} images")  # fmt: skip
         weights = self._weights(tokens)
         repeats = np.ones(len(tokens), dtype=np.int64)
-        repeats[is_image] = [grid.num_tokens(self.image.merge_size) for grid in grids]
-        frames = tuple((grid.rows, grid.columns) for grid in grids)
-        return Document(np.repeat(tokens, repeats), np.repeat(weights, repeats), frames, sample.key)
+        repeats[is_image] = [rows * columns // self.image.merge_size**2 for rows, columns in frames]
+        return Document(np.repeat(tokens, repeats), np.repeat(weights, repeats), tuple(frames), sample.key)
+
+    def _write_videos(self, sample: Sample, plans: Sequence[VideoPlan]) -> str:
+        """The rendered text with every video's placeholder replaced by its temporal patches and their seconds."""
+        first, *rest = self.render(sample).split(VIDEO)
+        if len(rest) != len(plans):
+            raise SampleError(sample.key, "the template does not show every video once",
+                              f"{len(rest)} placeholders for {len(plans)} videos")  # fmt: skip
+        for plan, following in zip(plans, rest, strict=True):
+            first += "".join(FRAME + write_seconds(time, self.video.seconds) for time in plan.seconds) + following
+        return first
 
     def _weights(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """1 on the assistant's turns and on the tokens that end them; `tokens` ends with end of text."""

@@ -1,4 +1,4 @@
-"""Packed data sets on disk: tar shards of rows with their pictures still compressed, and an index that makes any row one read.
+"""Packed data sets on disk: tar shards of rows with their media still compressed, and an index that makes any row one read.
 
 A plain tar is streamable, inspectable with any tool and readable by WebDataset; the numpy index beside it gives the random
 access that an exact, shuffled, resumable order needs. The members of one row are adjacent and its media come last, so ranks
@@ -18,12 +18,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_glmv.data.index import COLUMNS, INDEX, REPACK, PackedIndex, ShardEntry, ShardError, read_index
+from megatron_glmv.data.media import Clip, Media, Picture, describe, parse_media
 from megatron_glmv.sequence.grid import PixelLimits
 from megatron_glmv.sequence.packed import Document
 
@@ -33,43 +34,14 @@ OPEN_SHARDS = 128
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The bytes of one picture on its way into a shard.
-
-    Attributes:
-        data: the file's bytes, untouched.
-        extension: of the file, without the dot.
-        height: pixels, as the decoder gives them (EXIF orientation not applied).
-        width: pixels.
-    """
-
-    data: bytes
-    extension: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Media:
-    """One picture as a row's JSON lists it: `size_bytes` and `crc32` are of its bytes, height and width in pixels."""
-
-    name: str
-    size_bytes: int
-    crc32: int
-    height: int
-    width: int
-    kind: Literal["image"] = "image"
-
-
-@dataclass(frozen=True)
 class StoredRow:
     """One row as read back.
 
     Attributes:
         key: name of the row.
         documents: its samples, in order; tokens int32, loss weights float32.
-        media: for each document, its pictures.
-        data: for each document, the bytes of its pictures; None when only the head was read.
+        media: for each document, its pictures and videos.
+        data: for each document, the bytes of its media; None when only the head was read.
     """
 
     key: str
@@ -125,17 +97,17 @@ class ShardWriter:
         for old in (folder / INDEX, *folder.glob("shard-*.tar"), *folder.glob("shard-*.rows.npy")):
             old.unlink(missing_ok=True)
 
-    def write(self, documents: Sequence[Document], pictures: Sequence[Sequence[Picture]]) -> None:
+    def write(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
         """Append one row.
 
         Args:
             documents: samples of the row, visual placeholders expanded, not padded.
-            pictures: for each document, its pictures in token order; as many as the document has frames.
+            media: for each document, its pictures and videos in token order; together they have as many frames as the document.
 
         Raises:
-            ShardError: documents longer than the row, a token id outside the vocabulary, or pictures that do not match frames.
+            ShardError: documents longer than the row, a token id outside the vocabulary, or media that do not match frames.
         """
-        self._check(documents, pictures)
+        self._check(documents, media)
         if self._tar is not None and self._tar.offset >= self._shard_bytes:
             self._finish_shard()
         if self._tar is None:
@@ -143,14 +115,14 @@ class ShardWriter:
         number = f"{self.num_rows:08d}"
         listed: list[dict[str, Any]] = []
         members: list[tuple[str, bytes]] = []
-        for document, own in zip(documents, pictures, strict=True):
+        for document, own in zip(documents, media, strict=True):
             entries = []
-            for picture in own:
-                extension = picture.extension.lower() if re.fullmatch("[A-Za-z0-9]{1,8}", picture.extension) else "bin"
+            for item in own:
+                extension = item.extension.lower() if re.fullmatch("[A-Za-z0-9]{1,8}", item.extension) else "bin"
                 name = f"{number}.{len(members):03d}.{extension}"
-                members.append((name, picture.data))
-                entries.append({"name": name, "size_bytes": len(picture.data), "crc32": zlib.crc32(picture.data),
-                                "height": picture.height, "width": picture.width, "kind": "image"})  # fmt: skip
+                members.append((name, item.data))
+                entries.append({"name": name, "size_bytes": len(item.data), "crc32": zlib.crc32(item.data),
+                                "height": item.height, "width": item.width, **describe(item)})  # fmt: skip
             listed.append({"key": document.key, "length": len(document.tokens), "frames": document.frames, "media": entries})
         tokens = np.concatenate([document.tokens for document in documents]).astype(np.int32)
         weights = np.concatenate([document.loss_weights for document in documents]).astype(np.float32)
@@ -185,13 +157,14 @@ class ShardWriter:
         partial.rename(self.folder / INDEX)
         return index
 
-    def _check(self, documents: Sequence[Document], pictures: Sequence[Sequence[Picture]]) -> None:
+    def _check(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
         length, align, vocab_size = self._meta["length"], self._meta["align"], self._meta["vocab_size"]
-        if not documents or len(documents) != len(pictures):
+        if not documents or len(documents) != len(media):
             raise ShardError(f"{self.folder}: a row needs documents, and pictures (possibly none) for each of them")
-        for document, own in zip(documents, pictures, strict=True):
-            if len(own) != len(document.frames):
-                raise ShardError(f"sample {document.key!r}: {len(own)} pictures but {len(document.frames)} frames")
+        for document, own in zip(documents, media, strict=True):
+            shown = sum(len(item.frame_indices) // 2 if isinstance(item, Clip) else 1 for item in own)
+            if shown != len(document.frames):
+                raise ShardError(f"sample {document.key!r}: {shown} pictures but {len(document.frames)} frames")
             size = len(document.tokens)
             if not size or size != len(document.loss_weights):
                 raise ShardError(f"sample {document.key!r}: {size} tokens but {len(document.loss_weights)} weights")
@@ -362,9 +335,10 @@ def _parse_row(members: dict[str, bytes], with_media: bool) -> StoredRow:
         end = start + entry["length"]
         frames = tuple((rows, columns) for rows, columns in entry["frames"])
         documents.append(Document(tokens[start:end], weights[start:end], frames, entry["key"]))
-        media.append(tuple(Media(**listed) for listed in entry["media"]))
-        if len(frames) != len(media[-1]) or any(listed.kind != "image" for listed in media[-1]):
-            raise ValueError(f"sample {entry['key']!r} has {len(frames)} frames but {len(media[-1])} pictures")
+        media.append(tuple(parse_media(listed) for listed in entry["media"]))
+        shown = sum(item.num_frames for item in media[-1])
+        if len(frames) != shown:
+            raise ValueError(f"sample {entry['key']!r} has {len(frames)} frames but {shown} pictures")
         start = end
     if start != len(tokens) or start != len(weights):
         raise ValueError(f"documents of {start} tokens, {len(tokens)} tokens and {len(weights)} weights")

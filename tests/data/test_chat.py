@@ -122,12 +122,6 @@ def test_a_line_that_is_no_sample_is_named(line: str, message: str) -> None:
         parse_sample(line, "file:1", Path())
 
 
-def test_a_video_is_refused(chat: Chat) -> None:
-    turns = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, {"role": "assistant", "content": "4"}]
-    with pytest.raises(SampleError, match="'s-1': videos cannot be packed yet"):
-        chat.encode(make_sample(turns), [])
-
-
 def test_a_folder_that_is_no_processor_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ProcessorError, match="no such folder"):
         Chat(tmp_path / "nowhere")
