@@ -160,8 +160,8 @@ class ShardWriter:
         self.num_samples += len(documents)
         self.num_tokens += len(tokens)
 
-    def close(self) -> PackedIndex:
-        """Finish the last shard and write index.json, which makes the data set complete.
+    def close(self, with_index: bool = True) -> PackedIndex:
+        """Finish the last shard and, unless the index is joined with others later, write index.json.
 
         Raises:
             ShardError: no row was written.
@@ -172,7 +172,8 @@ class ShardWriter:
             raise ShardError(f"{self.folder}: no row to write; the input holds no usable sample")
         counts = {"num_rows": self.num_rows, "num_samples": self.num_samples, "num_tokens": self.num_tokens}
         index = PackedIndex.model_validate({**self._meta, **counts, "shards": tuple(self._shards)})
-        write_index(self.folder, index)
+        if with_index:
+            write_index(self.folder, index)
         return index
 
     def _check(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
