@@ -68,7 +68,8 @@ def draft_sample(tree: Mapping[str, Any], attached: int = 0) -> Draft:
                 raise Fault("sample_invalid", "neither messages, conversations nor a picture with a caption")
             used.add(caption)
             conversation = _caption_turns(tree[caption], beside or [("image", None)] * attached)
-        turns, media = _Turns(beside, bool(beside or attached)).convert(conversation)
+        has_placeholders = bool(beside or attached) and not _has_media_items(conversation)
+        turns, media = _Turns(beside, has_placeholders).convert(conversation)
     except Fault as fault:
         raise Fault(fault.reason, fault.detail, key or "") from None
     return Draft(key, turns, media, {name: value for name, value in tree.items() if name not in used})
@@ -154,6 +155,15 @@ def check_text(text: Any) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise Fault("text_not_unicode", ascii(text[:80])) from None
+
+
+def _has_media_items(conversation: Any) -> bool:
+    """Whether media stand as items of their own; then `<image>` in a text is text."""
+    contents = (
+        [turn.get("content") for turn in conversation if isinstance(turn, Mapping)] if isinstance(conversation, list) else []
+    )
+    items = [item for content in contents if isinstance(content, list) for item in content]
+    return any(isinstance(item, Mapping) and item.get("type") not in ("text", None) for item in items)
 
 
 def _caption_turns(caption: Any, media: list[tuple[str, Any]]) -> list[dict[str, Any]]:

@@ -90,6 +90,8 @@ def _tree(row: dict[str, Any]) -> dict[str, Any]:
     for name in ("messages", "conversations"):
         if isinstance(row.get(name), str):
             row[name] = parse_json(b'{"x":' + row[name].encode("utf-8", "backslashreplace") + b"}")["x"]
+    if isinstance(row.get("extra"), str):
+        row |= parse_json(row.pop("extra").encode())
     return row
 
 

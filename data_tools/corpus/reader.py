@@ -22,6 +22,10 @@ CHUNK = 1024
 FORMS: dict[str, Literal["jsonl", "tar", "parquet"]] = {".jsonl": "jsonl", ".tar": "tar", ".parquet": "parquet"}
 
 
+LISTS = ("dropped.jsonl", "repaired.jsonl")
+"""What tools write beside the samples; not read from a folder."""
+
+
 class CorpusError(InputError):
     """A corpus or output folder that cannot be used; the message names it."""
 
@@ -71,7 +75,9 @@ def list_files(inputs: Sequence[Path]) -> dict[str, Path]:
     for number, path in enumerate(inputs):
         found = [path]
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in FORMS and file.is_file())
+            found = sorted(
+                file for file in path.rglob("*") if file.suffix in FORMS and file.name not in LISTS and file.is_file()
+            )
             if not found:
                 raise CorpusError(f"{path}: no .jsonl, .tar or .parquet file below this folder")
         elif not path.is_file():
