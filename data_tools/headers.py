@@ -151,7 +151,7 @@ class _Range(io.RawIOBase):
     """A range of a file as a file of its own; nothing is read ahead, so a header in a tar costs what a header costs."""
 
     def __init__(self, place: Place) -> None:
-        self._file = Path(place.path).open("rb", buffering=0)
+        self._file = Path(place.path).open("rb", buffering=0)  # noqa: SIM115  (closed with this object)
         self._start, self._size, self._at = place.offset, place.size_bytes, 0
 
     def readable(self) -> bool:

@@ -109,7 +109,7 @@ def measure_sample(sample: Sample, media: Sequence[MediaRef], chat: Chat) -> Mea
 
 
 class MeasuredChunk:
-    """The result of a chunk: small arrays in memory, tokens and weights mapped.
+    """The result of a chunk: small arrays in memory, tokens, weights and the media's places mapped.
 
     Attributes:
         lengths: [n] tokens of each sample.
@@ -122,7 +122,7 @@ class MeasuredChunk:
         with np.load(chunk_path(folder, number, SUFFIX)) as arrays:
             self.lengths, self.patches = arrays["lengths"], arrays["patches"]
             self.squared_patches, self.digests = arrays["squared_patches"], arrays["digests"]
-            self._entries, self._ends = arrays["entries"], arrays["ends"]
+            self._ends = arrays["ends"]
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._folder, self._number = folder, number
         self._arrays: dict[str, npt.NDArray[Any]] = {}
@@ -133,7 +133,7 @@ class MeasuredChunk:
     def entry(self, index: int) -> dict[str, Any]:
         """Key, source, frames and media of a sample as saved."""
         start = int(self._ends[index - 1]) if index else 0
-        return json.loads(self._entries[start : int(self._ends[index])].tobytes())
+        return json.loads(self._map("entries.npy")[start : int(self._ends[index])].tobytes())
 
     def sample(self, index: int) -> Measured:
         """A sample; its tokens are read now."""
@@ -187,6 +187,7 @@ def _save(folder: Path, number: int, measured: Sequence[Measured]) -> None:
     ]  # fmt: skip
     np.save(chunk_path(folder, number, "tokens.npy"), _join(np.int32, [document.tokens for document in documents]))
     np.save(chunk_path(folder, number, "weights.npy"), _join(np.float32, [document.loss_weights for document in documents]))
+    np.save(chunk_path(folder, number, "entries.npy"), np.frombuffer(b"".join(entries), dtype=np.uint8))
     np.savez(
         chunk_path(folder, number, SUFFIX),
         lengths=np.array([len(document.tokens) for document in documents], dtype=np.int64),
@@ -194,7 +195,6 @@ def _save(folder: Path, number: int, measured: Sequence[Measured]) -> None:
         squared_patches=np.array([sum(count * count for count in own) for own in patches], dtype=np.int64),
         digests=np.array([_digest(sample) for sample in measured], dtype=np.uint64).reshape(-1, 2),
         ends=np.cumsum([len(entry) for entry in entries], dtype=np.int64),
-        entries=np.frombuffer(b"".join(entries), dtype=np.uint8),
     )
 
 

@@ -120,8 +120,9 @@ def pack_samples(plan: Plan, out: Path, num_workers: int = 0, part: Part | None 
         for number in range(part.count)
     ]
     if not job.run_pass(ROWS, shares, RowPacking(plan.rows, job.partial / MEASURED, job.partial)):
-        return job.waiting_report(ROWS)
-    return _join(job, plan, shares)
+        name = f"{part.number}/{part.count}"
+        return {"tool": "pack", "complete": False, "part": name, "next": "the last part to finish joins all of them"}
+    return _join(job, plan, shares, {"measured": round(job.total(MEASURED, chunks).seconds, 1)})
 
 
 def _keep_measured(job: Job, plan: Plan) -> None:
@@ -138,7 +139,7 @@ def _keep_measured(job: Job, plan: Plan) -> None:
         write_json(path, found | {"settings": job.settings})
 
 
-def _join(job: Job, plan: Plan, shares: Sequence[Share]) -> dict[str, Any]:
+def _join(job: Job, plan: Plan, shares: Sequence[Share], worker_seconds: dict[str, float]) -> dict[str, Any]:
     """Make one data set of what the parts wrote; the parts may come here together, and the first does it."""
     try:
         with job.alone():
@@ -147,7 +148,8 @@ def _join(job: Job, plan: Plan, shares: Sequence[Share]) -> dict[str, Any]:
             if not indexes:
                 raise ShardError(f"{job.partial}: no row to write; the input holds no usable sample")
             index = join_indexes(indexes)
-            extra = _describe(job, index, shares, plan.rows.length)
+            worker_seconds["rows"] = round(job.total(ROWS, shares).seconds, 1)
+            extra = _describe(job, index, shares, plan.rows.length) | {"worker_seconds": worker_seconds}
             shutil.rmtree(job.partial / "processor", ignore_errors=True)
             shutil.copytree(plan.rows.processor, job.partial / "processor")
             write_index(job.partial, index)
@@ -177,7 +179,9 @@ def _describe(job: Job, index: PackedIndex, shares: Sequence[Share], length: int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `glmv-data pack`."""
     parser.description = HELP
-    parser.add_argument("paths", type=Path, nargs="+", metavar="INPUT ... OUT", help="corpus files and folders, then the output")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="INPUT ... OUT", help="corpus files and folders, then the output"
+    )
     parser.add_argument("--processor", type=Path, required=True, metavar="FOLDER",
                         help="of `glmv-data train-tokenizer`, or the model's Hugging Face folder")  # fmt: skip
     parser.add_argument("--length", type=int, required=True, help="tokens of a row; at most data.sequence_length of training")

@@ -30,6 +30,7 @@ FAULTS = {
     "media_too_large": "a picture or video of more bytes than the limit",
     "media_wrong_type": "the bytes are of no kind that the loader reads, or a video stands where a picture should",
     "image_bomb": "a picture that claims more pixels than the loader decodes",
+    "image_too_narrow": "a picture or video whose sides differ by more than the model's processor takes",
     "image_broken": "a picture that does not decode to its end",
     "video_broken": "a video without a decodable video stream",
 }
