@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -213,4 +214,6 @@ def _digest(sample: Measured) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _load_chat(folder: Path) -> Chat:
+    # There is a process for every core already.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return Chat(folder)
