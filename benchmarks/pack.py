@@ -4,8 +4,8 @@
     python benchmarks/pack.py --corpus 100000        # `glmv-data pack` itself, from files to shards
 
 Text is long-tailed (log-normal, median 500 tokens). The picture mixture has 30 % text, 55 % samples of one picture and 15 % of
-two to eight, each of 16 to 6,144 tokens. "slowest of 8" is the cost of the costliest of 8 random rows over the mean: what a step
-of 8 replicas takes, where 1.00 is perfect balance; cost is that of `megatron_glmv/data/cost.py`, padding included.
+two to eight, each of 16 to 6,144 tokens. "slowest of 8" is the cost of the costliest of 8 random rows over the mean: what a
+step of 8 replicas takes, where 1.00 is perfect balance; cost is that of `megatron_glmv/data/cost.py`, padding included.
 """
 
 from __future__ import annotations
