@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from megatron_glmv.config.data import DataConfig, SourceConfig
-from megatron_glmv.data import loader
+from megatron_glmv.data import row_media
+from megatron_glmv.data.images import EncodedPicture, PictureDecoder
 from megatron_glmv.data.index import ShardError
 from megatron_glmv.data.loader import DataError, RowStream, StepRows
 from megatron_glmv.data.shards import Picture, ShardReader
@@ -104,7 +105,8 @@ def test_rows_are_complete(sources, open_stream):
         assert sum(row.document_lengths) == LENGTH
         assert all(length % 2 == 0 for length in row.document_lengths)
         assert row.patches.dtype == torch.uint8
-        assert row.patches.shape == (row.num_patches, 3 * 2 * 14 * 14)
+        assert row.patches.shape == (row.num_patches, 3 * 14 * 14)
+        assert not row.moving.any()
         assert len(row.visual_index) == row.num_patches // 4
         assert len(row.documents) == 2
         assert row.key.split("/")[0] in ("reading", "counting")
@@ -112,7 +114,7 @@ def test_rows_are_complete(sources, open_stream):
 
 def test_patches_are_those_of_the_row(sources, open_stream):
     """Every picture stands where its document says: compared with decoding the stored bytes one by one."""
-    decoder = loader.PictureDecoder()
+    decoder = PictureDecoder()
     reader = ShardReader(sources[0].path)
     row = next(row for row in open_stream(sources).step(0).rows if row.key.startswith("reading/") and row.num_patches)
     stored = reader.read(int(row.key.split("-")[1]))
@@ -120,7 +122,7 @@ def test_patches_are_those_of_the_row(sources, open_stream):
     for document, media, data in zip(stored.documents, stored.media, stored.data, strict=True):
         for (rows, columns), listed, content in zip(document.frames, media, data, strict=True):
             size = (rows * 14, columns * 14)
-            (patches,) = decoder.decode([loader.EncodedPicture(content, size, (listed.height, listed.width))])
+            (patches,) = decoder.decode([EncodedPicture(content, size, (listed.height, listed.width))])
             assert torch.equal(row.patches[start : start + rows * columns], patches)
             start += rows * columns
     assert start == len(row.patches) > 0
@@ -212,7 +214,7 @@ def test_bad_pictures_are_grey_named_and_masked(tmp_path, open_stream):
     for fault in step.faults:
         row = step.rows[fault.row]
         assert row.patches.shape[0] == row.num_patches
-        grey = (row.patches == loader.GREY).all(dim=1)
+        grey = (row.patches == row_media.GREY).all(dim=1)
         # 60 x 100 pixels become 4 x 8 patches; the other sample's pictures stay as they are.
         assert int(grey.sum()) == 32
         others = [other for other in step.rows if other.key == row.key]
