@@ -52,17 +52,18 @@ def prepare_picture(data: bytes, extension: str, *, upright: bool = True, decode
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise PictureError(f"{height} x {width} pixels are over the limit of {MAX_PIXELS}")
-            is_deep = image.format == "PNG" and data[PNG_DEPTH] > 8
-            if image.mode not in KEPT.get(image.format or "", ()) or is_deep:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            # Pillow turns TIFF on its own, always; DALI never.
+            differs = (image.format == "PNG" and data[PNG_DEPTH] > 8) or (image.format == "TIFF" and orientation != 1)
+            if image.mode not in KEPT.get(image.format or "", ()) or differs:
                 return _converted(image, upright)
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if upright else 1
             if decode:
                 image.load()
     except PictureError:
         raise
     except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever their parser raises on broken bytes)
         raise PictureError(str(error) or type(error).__name__) from None
-    if orientation not in range(2, 9):
+    if not upright or orientation not in range(2, 9):
         return Picture(data, extension, height, width)
     turned = (width, height) if orientation >= 5 else (height, width)
     return Picture(data, extension, *turned, orientation)

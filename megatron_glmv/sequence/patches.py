@@ -63,8 +63,8 @@ def join_frames(patches: Tensor, frames: Tensor, moving: Tensor) -> Tensor:
     first = torch.repeat_interleave(flat.cumsum(0) - flat, sizes) + inside
     second = first + torch.repeat_interleave(sizes * moving.long(), sizes)
     pairs = patches[torch.stack((first, second), dim=1).to(patches.device)]
-    channels = len(CLIP_MEAN)
-    return pairs.view(len(first), 2, channels, -1).transpose(1, 2).reshape(len(first), -1)
+    channels, width = len(CLIP_MEAN), patches.shape[1]
+    return pairs.view(len(first), 2, channels, width // channels).transpose(1, 2).reshape(len(first), 2 * width)
 
 
 def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
