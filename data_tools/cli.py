@@ -14,6 +14,12 @@ from collections.abc import Sequence
 TOOLS = {
     "digits": ("data_tools.digits", "compose pictures of real handwritten digits with questions and answers"),
     "train-tokenizer": ("data_tools.train_tokenizer", "train a SentencePiece tokenizer with GLM's special tokens"),
+    "filter": ("data_tools.filter", "drop samples by resolution, contrast, text and relevance"),
+    "dedupe": ("data_tools.dedupe", "drop duplicates and near-duplicates, and what benchmarks contain"),
+    "balance": ("data_tools.balance", "resample by concepts so that common ones do not crowd out rare ones"),
+    "recaption": ("data_tools.recaption", "have a served model rewrite captions"),
+    "render-ocr": ("data_tools.render_ocr", "render text pages over backgrounds, with the boxes of their lines"),
+    "grounding": ("data_tools.grounding", "turn boxes into samples in GLM's per-mille convention"),
     "pack": ("data_tools.pack", "tokenise, measure and pack samples into rows of equal length"),
 }
 """Tool name -> (module with add_arguments and run, one line of help)."""

@@ -150,8 +150,12 @@ class Chat:
         self.image_token: int = vocabulary[IMAGE]
         self.pad_token: int = vocabulary[END]
         self._assistant: int = vocabulary["<|assistant|>"]
-        self._roles = np.array([vocabulary[marker] for marker in ROLE_TOKENS])
-        self._stops = np.array([vocabulary[marker] for marker in STOPS])
+        self._is_role = np.zeros(self.vocab_size, dtype=np.bool_)
+        self._is_role[[vocabulary[marker] for marker in ROLE_TOKENS]] = True
+        self._stops = {vocabulary[marker] for marker in STOPS}
+        if self.tokenizer.is_fast:
+            self.tokenizer.backend_tokenizer.no_truncation()
+            self.tokenizer.backend_tokenizer.no_padding()
         self._structure = re.compile("|".join(map(re.escape, STRUCTURE)))
 
     def render(self, sample: Sample, *, generation_prompt: bool = False) -> str:
@@ -193,12 +197,46 @@ class Chat:
         Raises:
             SampleError: markers of the template in a text, or media that do not match the sample's.
         """
-        plans = [plan for plan in media if isinstance(plan, VideoPlan)]
-        text = self._write_videos(sample, plans)
+        (document,) = self.encode_all([(sample, media)])
+        if isinstance(document, SampleError):
+            raise document
+        return document
+
+    def encode_all(self, samples: Sequence[tuple[Sample, Sequence[Grid | VideoPlan]]]) -> list[Document | SampleError]:
+        """Samples as documents, in half the time that one by one takes.
+
+        Args:
+            samples: with the grid of each image and the plan of each video, as `encode` takes them.
+
+        Returns:
+            For each sample its document, or what `encode` would raise.
+        """
+        written: list[str | SampleError] = []
+        for sample, media in samples:
+            try:
+                written.append(self._write_videos(sample, [plan for plan in media if isinstance(plan, VideoPlan)]))
+            except SampleError as error:
+                written.append(error)
+        tokenized = iter(self._tokenize([text for text in written if isinstance(text, str)]))
+        results: list[Document | SampleError] = []
+        for (sample, media), text in zip(samples, written, strict=True):
+            try:
+                results.append(text if isinstance(text, SampleError) else self._lay_out(sample, next(tokenized), media))
+            except SampleError as error:
+                results.append(error)
+        return results
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if self.tokenizer.is_fast:
+            # Without the offsets and masks that transformers asks for.
+            return [found.ids for found in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def _lay_out(self, sample: Sample, ids: Sequence[int], media: Sequence[Grid | VideoPlan]) -> Document:
+        """Tokens with placeholders expanded, their weights, and the frames."""
         frames: list[tuple[int, int]] = []
         for plan in media:
             frames += plan.frames if isinstance(plan, VideoPlan) else (plan.frame,)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens = np.array([*ids, self.pad_token], dtype=np.int32)
         is_image = tokens == self.image_token
         if int(is_image.sum()) != len(frames):
@@ -222,11 +260,11 @@ class Chat:
     def _weights(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """1 on the assistant's turns and on the tokens that end them; `tokens` ends with end of text."""
         weights = np.zeros(len(tokens), dtype=np.float32)
-        edges = [*np.flatnonzero(np.isin(tokens, self._roles)), len(tokens) - 1]
+        edges = [*np.flatnonzero(self._is_role[tokens]).tolist(), len(tokens) - 1]
         for start, end in pairwise(edges):
             if tokens[start] == self._assistant:
                 weights[start + 2 : end] = 1.0
-                if end == edges[-1] or tokens[end] in self._stops:
+                if end == edges[-1] or int(tokens[end]) in self._stops:
                     weights[end] = 1.0
         return weights
 

@@ -6,6 +6,7 @@ Written last, so its presence means that the data set is complete.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -92,6 +93,19 @@ def read_index(folder: Path) -> PackedIndex:
         return validate(PackedIndex, tree, where=str(path))
     except ConfigError as error:
         raise ShardError(f"{error}; {REPACK}") from None
+
+
+def write_index(folder: Path, index: PackedIndex) -> None:
+    """Write index.json, whole or not at all: it makes the data set complete."""
+    partial = folder / (INDEX + ".partial")
+    partial.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder / INDEX)
+
+
+def join_indexes(indexes: Sequence[PackedIndex]) -> PackedIndex:
+    """The index of a data set whose parts were written one by one into the same folder, with the same settings."""
+    counts = {key: sum(getattr(index, key) for index in indexes) for key in ("num_rows", "num_samples", "num_tokens")}
+    return indexes[0].model_copy(update=counts | {"shards": tuple(shard for index in indexes for shard in index.shards)})
 
 
 def check_compatible(index: PackedIndex, where: str, shape: ModelShape, *, sequence_length: int, align: int) -> None:

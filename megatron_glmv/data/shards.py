@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_glmv.data.index import COLUMNS, INDEX, REPACK, PackedIndex, ShardEntry, ShardError, read_index
+from megatron_glmv.data.index import COLUMNS, INDEX, REPACK, PackedIndex, ShardEntry, ShardError, read_index, write_index
 from megatron_glmv.data.media import Clip, Media, Picture, describe, parse_media
 from megatron_glmv.sequence.grid import PixelLimits
 from megatron_glmv.sequence.packed import Document
@@ -66,8 +66,11 @@ class ShardWriter:
         patch_size: int = 14,
         merge_size: int = 2,
         shard_bytes: int = 1 << 30,
+        prefix: str = "",
+        keep_shards: int = 0,
+        keep_samples: int = 0,
     ) -> None:
-        """Open `folder` for writing; shards and an index that are already there are removed.
+        """Open `folder` for writing; an index and shards of this prefix that are already there are removed.
 
         Args:
             folder: created when missing.
@@ -80,6 +83,12 @@ class ShardWriter:
             patch_size: side of a patch in pixels.
             merge_size: patches a side of one token.
             shard_bytes: a shard that has reached this size is closed.
+            prefix: starts the names of shards and rows, for writers that share a folder.
+            keep_shards: complete shards of an interrupted writer with the same arguments, to go on behind.
+            keep_samples: samples in them.
+
+        Raises:
+            ShardError: a shard to keep is missing or damaged.
         """
         self.folder = folder
         self._meta: dict[str, Any] = {
@@ -88,14 +97,25 @@ class ShardWriter:
             "image_limits": {"min_pixels": image_limits.min_pixels, "max_pixels": image_limits.max_pixels},
             "patch_size": patch_size, "merge_size": merge_size,
         }  # fmt: skip
-        self._shard_bytes = shard_bytes
+        self._shard_bytes, self._prefix = shard_bytes, prefix
         self._tar: tarfile.TarFile | None = None
         self._rows: list[tuple[int, ...]] = []
         self._shards: list[ShardEntry] = []
         self.num_rows = self.num_samples = self.num_tokens = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / INDEX, *folder.glob("shard-*.tar"), *folder.glob("shard-*.rows.npy")):
-            old.unlink(missing_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)
+        for _ in range(keep_shards):
+            self._keep_shard()
+        self.num_samples = keep_samples
+        kept = {name for shard in self._shards for name in (shard.file, shard.index)}
+        for old in folder.glob(f"shard-{prefix}[0-9][0-9][0-9][0-9][0-9].*"):
+            if old.name not in kept:
+                old.unlink()
+
+    @property
+    def num_shards(self) -> int:
+        """Complete shards."""
+        return len(self._shards)
 
     def write(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
         """Append one row.
@@ -112,7 +132,7 @@ class ShardWriter:
             self._finish_shard()
         if self._tar is None:
             self._tar = tarfile.TarFile(self._path("tar"), "w", format=tarfile.USTAR_FORMAT)
-        number = f"{self.num_rows:08d}"
+        number = f"{self._prefix}{self.num_rows:08d}"
         listed: list[dict[str, Any]] = []
         members: list[tuple[str, bytes]] = []
         for document, own in zip(documents, media, strict=True):
@@ -140,8 +160,8 @@ class ShardWriter:
         self.num_samples += len(documents)
         self.num_tokens += len(tokens)
 
-    def close(self) -> PackedIndex:
-        """Finish the last shard and write index.json, which makes the data set complete.
+    def close(self, with_index: bool = True) -> PackedIndex:
+        """Finish the last shard and, unless the index is joined with others later, write index.json.
 
         Raises:
             ShardError: no row was written.
@@ -152,9 +172,8 @@ class ShardWriter:
             raise ShardError(f"{self.folder}: no row to write; the input holds no usable sample")
         counts = {"num_rows": self.num_rows, "num_samples": self.num_samples, "num_tokens": self.num_tokens}
         index = PackedIndex.model_validate({**self._meta, **counts, "shards": tuple(self._shards)})
-        partial = self.folder / (INDEX + ".partial")
-        partial.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        partial.rename(self.folder / INDEX)
+        if with_index:
+            write_index(self.folder, index)
         return index
 
     def _check(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
@@ -181,17 +200,32 @@ class ShardWriter:
         self._tar.addfile(info, io.BytesIO(data))
 
     def _path(self, suffix: str) -> Path:
-        return self.folder / f"shard-{len(self._shards):05d}.{suffix}"
+        return self.folder / f"shard-{self._prefix}{len(self._shards):05d}.{suffix}"
 
     def _finish_shard(self) -> None:
         assert self._tar is not None
         self._tar.close()
         self._tar = None
-        tar, index = self._path("tar"), self._path("rows.npy")
-        np.save(index, np.array(self._rows, dtype=np.int64))
-        size = tar.stat().st_size
-        self._shards.append(ShardEntry(file=tar.name, rows=len(self._rows), size_bytes=size, index=index.name))
+        index = self._path("rows.npy")
+        partial = index.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, np.array(self._rows, dtype=np.int64))
+        partial.rename(index)
+        self._list_shard(len(self._rows))
         self._rows = []
+
+    def _list_shard(self, num_rows: int) -> None:
+        tar, index = self._path("tar"), self._path("rows.npy")
+        self._shards.append(ShardEntry(file=tar.name, rows=num_rows, size_bytes=tar.stat().st_size, index=index.name))
+
+    def _keep_shard(self) -> None:
+        try:
+            rows = np.load(self._path("rows.npy"))
+            self._list_shard(len(rows))
+        except (OSError, ValueError, EOFError) as error:
+            raise ShardError(f"{self._path('tar')}: cannot go on behind this shard ({error}); remove {self.folder}") from None
+        self.num_rows += len(rows)
+        self.num_tokens += int(rows[:, COLUMNS.index("tokens")].sum())
 
 
 class ShardReader:

@@ -1,0 +1,180 @@
+"""What a picture or video will be in a row, from its header alone: size, orientation, grid, frames.
+
+Packing a million samples opens a million files; decoding them would take hours, their headers take a minute. A file that ends
+early is found without decoding as well: the end of its format is looked for where it should stand.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+from data_tools.corpus.checks import MAX_PIXELS, check_medium, sniff
+from data_tools.corpus.faults import Fault
+from data_tools.corpus.media import MediaRef, Place, read_bytes
+from data_tools.corpus.webdataset import EXTENSIONS
+from megatron_glmv.data.chat import Chat
+from megatron_glmv.data.videos import VideoError, VideoPlan, plan_video, read_video_header
+from megatron_glmv.sequence.grid import Grid, image_grid
+
+ORIENTATION = 0x0112
+"""EXIF's number for the turn that a viewer applies; from 5 on it exchanges height and width."""
+START = 64
+"""Bytes that tell the kind of a file."""
+ENDS = {"jpg": (b"\xff\xd9", 4096), "png": (b"IEND", 4096)}
+"""What stands near the end of a complete file, and in how many bytes; cameras write a little behind it."""
+
+
+@dataclass(frozen=True)
+class PackedMedium:
+    """A picture or video as a row needs it.
+
+    Attributes:
+        kind: image or video.
+        name: as the sample calls it.
+        place: where its bytes are.
+        extension: by its bytes.
+        height: of the decoded picture, turned, or of a frame as coded; pixels.
+        width: pixels.
+        orientation: of a picture.
+        frame_indices: of a video.
+    """
+
+    kind: str
+    name: str
+    place: Place
+    extension: str
+    height: int
+    width: int
+    orientation: int = 1
+    frame_indices: tuple[int, ...] = ()
+
+
+def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[PackedMedium, Grid | VideoPlan]:
+    """Measure a picture or video.
+
+    Args:
+        ref: of a sample; its bytes, a file or a range of one.
+        chat: limits of the processor.
+        decode: decode a picture to its end, and some frames of a video, to check them.
+
+    Raises:
+        Fault: it is missing, damaged, too large, too narrow, or of another kind.
+    """
+    try:
+        with _open(ref) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            extension = sniff(file.read(START))
+            if not size:
+                raise Fault("media_empty", ref.name)
+            if EXTENSIONS.get(extension) != ref.kind:
+                raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, no {ref.kind}")
+            if decode:
+                check_medium(ref, read_bytes(ref), "decode")
+            file.seek(0)
+            measure = _measure_video if ref.kind == "video" else _measure_picture
+            return measure(ref, file, extension, size, chat)
+    except FileNotFoundError:
+        raise Fault("media_missing", ref.place.path) from None
+    except OSError as error:
+        raise Fault("file_unreadable", f"{ref.place.path} ({error})") from None
+
+
+def _measure_picture(
+    ref: MediaRef, file: BinaryIO, extension: str, size: int, chat: Chat
+) -> tuple[PackedMedium, Grid | VideoPlan]:
+    try:
+        with Image.open(file) as picture:
+            width, height = picture.size
+            # Pillow would decode a whole PNG to find EXIF data behind its pixels.
+            exif = picture.getexif() if extension != "png" or "exif" in picture.info else {}
+            turn = exif.get(ORIENTATION, 1)
+    except Image.DecompressionBombError as error:
+        raise Fault("image_bomb", f"{ref.name}: {error}") from None
+    except Exception as error:  # noqa: BLE001  (Pillow's readers raise whatever their parser raises on broken bytes)
+        raise Fault("image_broken", f"{ref.name}: {str(error) or type(error).__name__}") from None
+    if height * width > MAX_PIXELS:
+        raise Fault("image_bomb", f"{ref.name}: {width} x {height} pixels, the limit is {MAX_PIXELS} in all")
+    _check_end(ref, file, extension, size)
+    orientation = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+    if orientation >= 5:
+        height, width = width, height
+    try:
+        grid = image_grid(height, width, chat.image.limits, chat.image.patch_size)
+    except ValueError as error:
+        raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
+    return PackedMedium("image", ref.name, ref.place, extension, height, width, orientation), grid
+
+
+def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None:
+    """A file cut off behind its header looks whole until it is decoded."""
+    if extension in ENDS:
+        mark, reach = ENDS[extension]
+        file.seek(max(0, size - reach))
+        if mark not in file.read(reach):
+            raise Fault("image_broken", f"{ref.name}: it ends early")
+    elif extension == "webp":
+        file.seek(4)
+        if int.from_bytes(file.read(4), "little") + 8 > size:
+            raise Fault("image_broken", f"{ref.name}: it ends early")
+
+
+def _measure_video(
+    ref: MediaRef, file: BinaryIO, extension: str, size: int, chat: Chat
+) -> tuple[PackedMedium, Grid | VideoPlan]:
+    del size
+    try:
+        header = read_video_header(Path(ref.place.path) if ref.place.holder == "file" and ref.data is None else file.read())
+        plan = plan_video(header, chat.video)
+    except VideoError as error:
+        raise Fault("video_broken", f"{ref.name}: {error}") from None
+    except ValueError as error:
+        raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
+    medium = PackedMedium("video", ref.name, ref.place, extension, header.height, header.width, 1, plan.frame_indices)
+    return medium, plan
+
+
+def _open(ref: MediaRef) -> BinaryIO:
+    if ref.data is not None:
+        return io.BytesIO(ref.data)
+    if ref.place.holder == "range":
+        return io.BufferedReader(_Range(ref.place))
+    return Path(ref.place.path).open("rb")
+
+
+class _Range(io.RawIOBase):
+    """A range of a file as a file of its own; nothing is read ahead, so a header in a tar costs what a header costs."""
+
+    def __init__(self, place: Place) -> None:
+        self._file = Path(place.path).open("rb", buffering=0)
+        self._start, self._size, self._at = place.offset, place.size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        wanted = max(0, min(len(buffer), self._size - self._at))
+        self._file.seek(self._start + self._at)
+        data = self._file.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
