@@ -177,7 +177,9 @@ def _describe(job: Job, index: PackedIndex, shares: Sequence[Share], length: int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `glmv-data pack`."""
     parser.description = HELP
-    parser.add_argument("paths", type=Path, nargs="+", metavar="INPUT ... OUT", help="corpus files and folders, then the output")
+    parser.add_argument(
+        "paths", type=Path, nargs="+", metavar="INPUT ... OUT", help="corpus files and folders, then the output"
+    )
     parser.add_argument("--processor", type=Path, required=True, metavar="FOLDER",
                         help="of `glmv-data train-tokenizer`, or the model's Hugging Face folder")  # fmt: skip
     parser.add_argument("--length", type=int, required=True, help="tokens of a row; at most data.sequence_length of training")

@@ -227,8 +227,7 @@ def plan_rows(
         if not pool or (len(pool) < WINDOW and not is_last):
             continue
         lengths, patches, squares = (
-            np.array([getattr(held, name)[index] for held, index in pool])
-            for name in ("lengths", "patches", "squared_patches")
+            np.array([getattr(held, name)[index] for held, index in pool]) for name in ("lengths", "patches", "squared_patches")
         )
         extra = costs.extra(lengths, patches, squares)
         rows = pack_lengths(
