@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer
 
-from megatron_glmv.data.sample import Sample, SampleError
+from megatron_glmv.data.sample import Message, Sample, SampleError
 from megatron_glmv.data.videos import DynamicRate, FixedRate, VideoPlan, VideoSettings, write_seconds
 from megatron_glmv.sequence.grid import Grid, PixelLimits
 from megatron_glmv.sequence.packed import Document
@@ -41,6 +41,24 @@ FRAME = "<|begin_of_image|><|image|><|end_of_image|>"
 STRUCTURE = (*ROLE_TOKENS, END, IMAGE, VIDEO, "[gMASK]", "<sop>", "<eop>", "<|begin_of_image|>", "<|end_of_image|>",
              "<|begin_of_video|>", "<|end_of_video|>")  # fmt: skip
 """Markers that only the template may write; a text that holds one is an error."""
+
+
+THINK_END = "</think>"
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """What becomes of think blocks, beyond what the folder's template does with them.
+
+    Attributes:
+        keep_earlier: keep the think blocks of turns before the last message of the user. The models never see them there, so
+            they are taken out, and a turn that lost its own is context and not trained.
+        ask_for_none: write a conversation whose last answer has no think block the way the model is asked not to think, where
+            the template knows one (GLM-4.5V and 4.6V: "/nothink" and an empty block).
+    """
+
+    keep_earlier: bool = False
+    ask_for_none: bool = True
 
 
 class ProcessorError(ValueError):
@@ -125,8 +143,12 @@ class Chat:
         pad_token: id of end of text, which also fills rows.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, thinking: Thinking | None = None) -> None:
         """Load a folder.
+
+        Args:
+            folder: in Hugging Face's layout.
+            thinking: what becomes of think blocks; None is the default.
 
         Raises:
             ProcessorError: a missing file or template, or a tokenizer without GLM's special tokens.
@@ -157,6 +179,8 @@ class Chat:
             self.tokenizer.backend_tokenizer.no_truncation()
             self.tokenizer.backend_tokenizer.no_padding()
         self._structure = re.compile("|".join(map(re.escape, STRUCTURE)))
+        self._thinking = thinking or Thinking()
+        self._read_template()
 
     def render(self, sample: Sample, *, generation_prompt: bool = False) -> str:
         """The conversation as the template writes it, media as one placeholder each.
@@ -169,22 +193,54 @@ class Chat:
             SampleError: a text holds a marker of the template.
         """
         messages = []
-        for message in sample.messages:
+        last_user = _last_user(sample)
+        for place, message in enumerate(sample.messages):
             for item in message.content:
                 found = self._structure.search(item.value) if item.kind == "text" else None
                 if found:
                     raise SampleError(sample.key, "a text holds a marker of the chat template", found.group())
             content: Any = [{"type": item.kind, item.kind: item.value} for item in message.content]
             if all(item.kind == "text" for item in message.content):
-                content = "".join(item.value for item in message.content)
+                content = _text(message)
+                if message.role == "assistant" and place < last_user and not self._thinking.keep_earlier:
+                    content = content.rpartition(THINK_END)[2].lstrip("\n") if THINK_END in content else content
             messages.append({"role": message.role, "content": content})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        return self._apply(messages, generation_prompt, self._asks_for_none(sample))
+
+    def _apply(self, messages: list[dict[str, Any]], generation_prompt: bool, no_thinking: bool) -> str:
+        switch = {"enable_thinking": False} if no_thinking else {}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt, **switch)
+
+    def _read_template(self) -> None:
+        """Find out what the template does: with thinking, and what it writes in front of an answer that is generated."""
+        question = {"role": "user", "content": "a"}
+        answer = {"role": "assistant", "content": f"<think>\nb\n{THINK_END}\nc"}
+        self._drops_earlier = f"b\n{THINK_END}" not in self._apply([question, answer, question], False, False)
+        opened = [self._apply([question], True, no_thinking) for no_thinking in (False, True)]
+        self._can_ask_for_none = opened[0] != opened[1]
+        self._opening = [len(self._tokenize([text.rpartition("<|assistant|>")[2]])[0]) for text in opened]
+
+    def _asks_for_none(self, sample: Sample) -> bool:
+        """Whether the last answer has no think block, or an empty one, and the template can say so."""
+        if not (self._thinking.ask_for_none and self._can_ask_for_none):
+            return False
+        last = "".join(_text(message) for message in sample.messages[_last_user(sample) + 1 :] if message.role == "assistant")
+        before, found, _ = last.partition(THINK_END)
+        return not found or not before.rpartition("<think>")[2].strip()
+
+    def _trained_turns(self, sample: Sample) -> list[bool]:
+        """Which turns of the assistant are trained: all but those that lost their think block."""
+        last_user = _last_user(sample)
+        loses = not self._thinking.keep_earlier or self._drops_earlier
+        turns = [(place, message) for place, message in enumerate(sample.messages) if message.role == "assistant"]
+        return [not (loses and place < last_user and THINK_END in _text(message)) for place, message in turns]
 
     def encode(self, sample: Sample, media: Sequence[Grid | VideoPlan]) -> Document:
         """A sample as one document.
 
-        Every token of an assistant's turn is trained with weight 1, and so is the token that ends it; the role token and the
-        newline behind it are the prompt and are not.
+        Every token of an assistant's turn is trained with weight 1, and so is the token that ends it. The role token and what
+        the template writes behind it to have a turn generated (a newline; an empty think block after "/nothink") are the
+        prompt and are not, and neither is a turn that lost its think block (`Thinking`).
 
         Args:
             sample: a conversation.
@@ -242,7 +298,7 @@ class Chat:
         if int(is_image.sum()) != len(frames):
             raise SampleError(sample.key, "the template does not show every image once",
                               f"{int(is_image.sum())} placeholders for {len(frames)} images")  # fmt: skip
-        weights = self._weights(tokens)
+        weights = self._weights(tokens, sample)
         repeats = np.ones(len(tokens), dtype=np.int64)
         repeats[is_image] = [rows * columns // self.image.merge_size**2 for rows, columns in frames]
         return Document(np.repeat(tokens, repeats), np.repeat(weights, repeats), tuple(frames), sample.key)
@@ -257,16 +313,27 @@ class Chat:
             first += "".join(FRAME + write_seconds(time, self.video.seconds) for time in plan.seconds) + following
         return first
 
-    def _weights(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """1 on the assistant's turns and on the tokens that end them; `tokens` ends with end of text."""
+    def _weights(self, tokens: npt.NDArray[np.int32], sample: Sample) -> npt.NDArray[np.float32]:
+        """1 on the assistant's turns, behind what generation is given, and on the tokens that end them; END is the last."""
         weights = np.zeros(len(tokens), dtype=np.float32)
         edges = [*np.flatnonzero(self._is_role[tokens]).tolist(), len(tokens) - 1]
+        trained = iter(self._trained_turns(sample))
+        opening = self._opening[self._asks_for_none(sample)]
         for start, end in pairwise(edges):
-            if tokens[start] == self._assistant:
-                weights[start + 2 : end] = 1.0
+            if tokens[start] == self._assistant and next(trained, True):
+                weights[start + 1 + opening : end] = 1.0
                 if end == edges[-1] or int(tokens[end]) in self._stops:
                     weights[end] = 1.0
         return weights
+
+
+def _text(message: Message) -> str:
+    return "".join(item.value for item in message.content if item.kind == "text")
+
+
+def _last_user(sample: Sample) -> int:
+    """Index of the user's last message, -1 without one."""
+    return max((place for place, message in enumerate(sample.messages) if message.role == "user"), default=-1)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+MAX_PIXELS = 178_956_970
+"""A picture that claims more pixels is not decoded: the bound at which Pillow 13.0.0 raises DecompressionBombError."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -45,6 +48,13 @@ class Clip:
     height: int
     width: int
     frame_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BadMedia:
+    """A picture or video that does not decode to what was announced, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
