@@ -11,18 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
-
-from data_tools.corpus.checks import MAX_PIXELS, check_medium, sniff
+from data_tools.corpus.checks import check_medium, sniff
 from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import MediaRef, Place, read_bytes
 from data_tools.corpus.webdataset import EXTENSIONS
 from megatron_glmv.data.chat import Chat
+from megatron_glmv.data.picture_files import BombError, PictureError, convert_picture, read_picture_header
 from megatron_glmv.data.videos import VideoError, VideoPlan, plan_video, read_video_header
 from megatron_glmv.sequence.grid import Grid, image_grid
 
-ORIENTATION = 0x0112
-"""EXIF's number for the turn that a viewer applies; from 5 on it exchanges height and width."""
 START = 64
 """Bytes that tell the kind of a file."""
 ENDS = {"jpg": (b"\xff\xd9", 4096), "png": (b"IEND", 4096)}
@@ -42,6 +39,7 @@ class PackedMedium:
         width: pixels.
         orientation: of a picture.
         frame_indices: of a video.
+        converted: a picture that DALI reads otherwise than transformers goes into the row as a PNG.
     """
 
     kind: str
@@ -52,6 +50,7 @@ class PackedMedium:
     width: int
     orientation: int = 1
     frame_indices: tuple[int, ...] = ()
+    converted: bool = False
 
 
 def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[PackedMedium, Grid | VideoPlan]:
@@ -89,26 +88,21 @@ def _measure_picture(
     ref: MediaRef, file: BinaryIO, extension: str, size: int, chat: Chat
 ) -> tuple[PackedMedium, Grid | VideoPlan]:
     try:
-        with Image.open(file) as picture:
-            width, height = picture.size
-            # Pillow would decode a whole PNG to find EXIF data behind its pixels.
-            exif = picture.getexif() if extension != "png" or "exif" in picture.info else {}
-            turn = exif.get(ORIENTATION, 1)
-    except Image.DecompressionBombError as error:
+        header = read_picture_header(file)
+        if header.converted:
+            file.seek(0)
+            convert_picture(file.read())
+    except BombError as error:
         raise Fault("image_bomb", f"{ref.name}: {error}") from None
-    except Exception as error:  # noqa: BLE001  (Pillow's readers raise whatever their parser raises on broken bytes)
-        raise Fault("image_broken", f"{ref.name}: {str(error) or type(error).__name__}") from None
-    if height * width > MAX_PIXELS:
-        raise Fault("image_bomb", f"{ref.name}: {width} x {height} pixels, the limit is {MAX_PIXELS} in all")
+    except PictureError as error:
+        raise Fault("image_broken", f"{ref.name}: {error}") from None
     _check_end(ref, file, extension, size)
-    orientation = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
-    if orientation >= 5:
-        height, width = width, height
     try:
-        grid = image_grid(height, width, chat.image.limits, chat.image.patch_size)
+        grid = image_grid(header.height, header.width, chat.image.limits, chat.image.patch_size)
     except ValueError as error:
         raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
-    return PackedMedium("image", ref.name, ref.place, extension, height, width, orientation), grid
+    measured = (header.height, header.width, header.orientation)
+    return PackedMedium("image", ref.name, ref.place, extension, *measured, converted=header.converted), grid
 
 
 def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None:
