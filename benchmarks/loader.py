@@ -4,8 +4,9 @@
 
 The same files on the same cores: `loader` reads packed rows up to the tensors that the training device receives,
 `transformers` is a DataLoader with as many workers as cores and `Glm4vImageProcessor` (torchvision), `bare` decodes and resizes
-and does nothing else. Rounds are interleaved and medians are given, because other work on the machine moves every figure. Hiding is measured
-with a step as long as the loading: one that leaves the processor alone, as a GPU does, and one that keeps a core busy.
+and does nothing else. Rounds are interleaved and medians are given, because other work on the machine moves every figure.
+Hiding is measured with a step as long as the loading: one that leaves the processor alone, as a GPU does, and one that keeps a
+core busy.
 
 torchvision is taken from .venv/parity, where `bash tests/run.sh` installs it; without it the DataLoader is left out.
 """

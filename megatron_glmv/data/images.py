@@ -75,6 +75,7 @@ class PictureDecoder:
             num_threads: threads of DALI and, on the CPU, of the resize.
             patch: side of a patch in pixels.
             merge: patches a side of one token.
+            stream: on a GPU the one to work on; None makes one.
         """
         self._device = device
         self._patch, self._merge = patch, merge
@@ -93,7 +94,8 @@ class PictureDecoder:
             into: for each picture the tensor to fill; None makes new ones.
 
         Returns:
-            for each picture [rows x columns, patch x patch x 3] uint8, as `sequence.patches.cut_patches` makes them, or why not.
+            for each picture [rows x columns, patch x patch x 3] uint8, as `sequence.patches.cut_patches` makes them, or why
+            there are none.
         """
         outs: Sequence[Tensor | None] = into if into is not None else [None] * len(pictures)
         # Synchronous, so that an error is raised inside the `try` below and no thread of DALI's outlives the call.

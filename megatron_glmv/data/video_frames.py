@@ -58,7 +58,15 @@ class EncodedVideo:
 class VideoDecoder:
     """Decodes, resizes and cuts videos into patches. Not for two threads at once."""
 
-    def __init__(self, device: Literal["cpu", "gpu"] = "cpu", num_threads: int = 1, *, patch: int = 14, merge: int = 2) -> None:
+    def __init__(
+        self,
+        device: Literal["cpu", "gpu"] = "cpu",
+        num_threads: int = 1,
+        *,
+        patch: int = 14,
+        merge: int = 2,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         """Start the resizing threads.
 
         Args:
