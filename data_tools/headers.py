@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data_tools.corpus.checks import MAX_PIXELS, check_medium, sniff
 from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import MediaRef, Place, read_bytes
 from data_tools.corpus.webdataset import EXTENSIONS
 from megatron_glmv.data.chat import Chat
+from megatron_glmv.data.picture_files import KEPT, PNG_DEPTH
 from megatron_glmv.data.videos import VideoError, VideoPlan, plan_video, read_video_header
 from megatron_glmv.sequence.grid import Grid, image_grid
 
@@ -25,6 +26,9 @@ ORIENTATION = 0x0112
 """EXIF's number for the turn that a viewer applies; from 5 on it exchanges height and width."""
 START = 64
 """Bytes that tell the kind of a file."""
+Image.init()
+FORMATS = tuple(form for form in (*KEPT, "GIF", "AVIF", "JPEG2000", "PPM") if form in Image.OPEN)
+"""What Pillow may take a file for; what DALI does not read alike is converted."""
 ENDS = {"jpg": (b"\xff\xd9", 4096), "png": (b"IEND", 4096)}
 """What stands near the end of a complete file, and in how many bytes; cameras write a little behind it."""
 
@@ -42,6 +46,7 @@ class PackedMedium:
         width: pixels.
         orientation: of a picture.
         frame_indices: of a video.
+        is_converted: a picture that DALI would read otherwise than Pillow, and is stored as a PNG.
     """
 
     kind: str
@@ -52,6 +57,7 @@ class PackedMedium:
     width: int
     orientation: int = 1
     frame_indices: tuple[int, ...] = ()
+    is_converted: bool = False
 
 
 def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[PackedMedium, Grid | VideoPlan]:
@@ -72,7 +78,7 @@ def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[Packed
             extension = sniff(file.read(START))
             if not size:
                 raise Fault("media_empty", ref.name)
-            if EXTENSIONS.get(extension) != ref.kind:
+            if EXTENSIONS.get(extension, "image") != ref.kind:
                 raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, no {ref.kind}")
             if decode:
                 check_medium(ref, read_bytes(ref), "decode")
@@ -88,12 +94,19 @@ def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[Packed
 def _measure_picture(
     ref: MediaRef, file: BinaryIO, extension: str, size: int, chat: Chat
 ) -> tuple[PackedMedium, Grid | VideoPlan]:
+    file.seek(0)
+    start = file.read(START)
+    file.seek(0)
     try:
-        with Image.open(file) as picture:
-            width, height = picture.size
+        with Image.open(file, formats=FORMATS) as picture:
+            (width, height), form = picture.size, picture.format or ""
             # Pillow would decode a whole PNG to find EXIF data behind its pixels.
-            exif = picture.getexif() if extension != "png" or "exif" in picture.info else {}
+            exif = picture.getexif() if form != "PNG" or "exif" in picture.info else {}
             turn = exif.get(ORIENTATION, 1)
+            differs = (form == "PNG" and start[PNG_DEPTH] > 8) or (form == "TIFF" and turn != 1)
+            is_converted = differs or picture.mode not in KEPT.get(form, ())
+    except UnidentifiedImageError:
+        raise Fault("media_wrong_type", f"{ref.name}: no picture") from None
     except Image.DecompressionBombError as error:
         raise Fault("image_bomb", f"{ref.name}: {error}") from None
     except Exception as error:  # noqa: BLE001  (Pillow's readers raise whatever their parser raises on broken bytes)
@@ -101,14 +114,16 @@ def _measure_picture(
     if height * width > MAX_PIXELS:
         raise Fault("image_bomb", f"{ref.name}: {width} x {height} pixels, the limit is {MAX_PIXELS} in all")
     _check_end(ref, file, extension, size)
-    orientation = turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+    # Pillow gives the size of a TIFF as turned already.
+    orientation = turn if isinstance(turn, int) and 1 <= turn <= 8 and form != "TIFF" else 1
     if orientation >= 5:
         height, width = width, height
     try:
         grid = image_grid(height, width, chat.image.limits, chat.image.patch_size)
     except ValueError as error:
         raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
-    return PackedMedium("image", ref.name, ref.place, extension, height, width, orientation), grid
+    known = extension or form.lower()
+    return PackedMedium("image", ref.name, ref.place, known, height, width, orientation, (), is_converted), grid
 
 
 def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None:
