@@ -95,7 +95,7 @@ class RowPage:
         patches = sum(rows * columns for document in row.documents for rows, columns in document.frames)
         trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in row.documents)
         budgets = _budget("tokens", tokens, self.index.length) + _budget(
-            "patches" if self.has_budget else "patches, of the largest row", patches, self.max_patches
+            "patches" if self.has_budget else "patches, most", patches, self.max_patches
         )
         chart = draw_row(row, self.index.length, self.index.align, self.index.tokens.image, self.index.merge_size)
         documents, left = [], MAX_THUMBNAILS
