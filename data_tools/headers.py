@@ -16,7 +16,7 @@ from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import MediaRef, Place, read_bytes
 from data_tools.corpus.webdataset import EXTENSIONS
 from megatron_glmv.data.chat import Chat
-from megatron_glmv.data.picture_files import BombError, PictureError, convert_picture, read_picture_header
+from megatron_glmv.data.picture_files import BombError, NoPictureError, PictureError, read_picture_header
 from megatron_glmv.data.videos import VideoError, VideoPlan, plan_video, read_video_header
 from megatron_glmv.sequence.grid import Grid, image_grid
 
@@ -39,7 +39,7 @@ class PackedMedium:
         width: pixels.
         orientation: of a picture.
         frame_indices: of a video.
-        converted: a picture that DALI reads otherwise than transformers goes into the row as a PNG.
+        is_converted: a picture that DALI would read otherwise than Pillow, and is stored as a PNG.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class PackedMedium:
     width: int
     orientation: int = 1
     frame_indices: tuple[int, ...] = ()
-    converted: bool = False
+    is_converted: bool = False
 
 
 def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[PackedMedium, Grid | VideoPlan]:
@@ -71,7 +71,7 @@ def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[Packed
             extension = sniff(file.read(START))
             if not size:
                 raise Fault("media_empty", ref.name)
-            if EXTENSIONS.get(extension) != ref.kind:
+            if EXTENSIONS.get(extension, "image") != ref.kind:
                 raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, no {ref.kind}")
             if decode:
                 check_medium(ref, read_bytes(ref), "decode")
@@ -89,9 +89,8 @@ def _measure_picture(
 ) -> tuple[PackedMedium, Grid | VideoPlan]:
     try:
         header = read_picture_header(file)
-        if header.converted:
-            file.seek(0)
-            convert_picture(file.read())
+    except NoPictureError as error:
+        raise Fault("media_wrong_type", f"{ref.name}: {error}") from None
     except BombError as error:
         raise Fault("image_bomb", f"{ref.name}: {error}") from None
     except PictureError as error:
@@ -102,7 +101,7 @@ def _measure_picture(
     except ValueError as error:
         raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
     measured = (header.height, header.width, header.orientation)
-    return PackedMedium("image", ref.name, ref.place, extension, *measured, converted=header.converted), grid
+    return PackedMedium("image", ref.name, ref.place, extension or header.form, *measured, (), header.is_converted), grid
 
 
 def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None:

@@ -19,6 +19,8 @@ CLASSES = 12
 """Classes of samples by cost a token, of equal tokens each."""
 SHORT_SHARE = 8
 """Samples of at most 1/8 of a row are short: they are drawn at random, larger ones by size."""
+FILLERS = 0.5
+"""Of the smallest samples, one a row, half are kept to fill the ends of rows: sparse, they would all be used up early."""
 SWEEPS = 4
 """Times that every size is exchanged; each later sweep gains a tenth of the one before."""
 SMALLEST_GROUP = 4
@@ -70,10 +72,12 @@ class _Stock:
         self._counts: list[dict[int, int]] = [{} for _ in range(CLASSES)]
         self._shuffled: list[list[int]] = [[] for _ in range(CLASSES)]
         self._masks = [0] * CLASSES
+        num_rows = min(len(sizes) - 1, int(sizes.sum()) // room)
+        is_filler = (sizes <= np.partition(sizes, num_rows)[num_rows]) & (random.random(len(sizes)) < FILLERS)
         for sample in random.permutation(len(sizes)).tolist():
             kind, size = self._classes[sample], self._sizes[sample]
             self._by_size[kind].setdefault(size, []).append(sample)
-            if size <= self._short:
+            if size <= self._short and not is_filler[sample]:
                 self._shuffled[kind].append(sample)
         for kind, held_sizes in enumerate(self._by_size):
             self._counts[kind] = {size: len(samples) for size, samples in held_sizes.items()}
@@ -114,7 +118,7 @@ class _Stock:
             sample = self._take_sized(kind, size, budget) if size > self._short else self._take_short(kind, budget)
             if sample >= 0:
                 return sample
-        return -1
+        return self._take_last(kinds, wanted, room, budget)
 
     def _take_last(self, kinds: Sequence[int], wanted: int, room: int, budget: int) -> int:
         """What fills the end of a row: the larger the better, a farther class only for a gain that is worth it."""

@@ -254,6 +254,11 @@ class ShardReader:
         shard, local = self._locate(row)
         return dict(zip(COLUMNS, self._rows[shard][local].tolist(), strict=True))
 
+    def tables(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
+        """For each shard, the columns of rows.npy: what `measures` gives of one row, of all its rows."""
+        for rows in self._rows:
+            yield {name: rows[:, place] for place, name in enumerate(COLUMNS)}
+
     def read(self, row: int, media: bool = True) -> StoredRow:
         """Read one row with a single pread.
 

@@ -27,14 +27,16 @@ from data_tools.corpus import reader
 from data_tools.corpus.job import JobStopped, Part
 from data_tools.corpus.reader import CorpusError
 from data_tools.pack_rows import RowSettings
+from megatron_glmv.config.data import DataConfig
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.data.chat import Chat
 from megatron_glmv.data.index import check_compatible
+from megatron_glmv.data.loader import RowStream
 from megatron_glmv.data.sample import SampleError, parse_sample
 from megatron_glmv.data.shards import ShardReader
 from megatron_glmv.sequence.grid import image_grid
 from tests.data.clips import clip
-from tests.data.pictures import draw, encode
+from tests.data.pictures import draw, encode, kinds, rotated_exif
 from tests.data.processor import write_processor
 
 VARIABLE = ("seconds", "worker_seconds")
@@ -355,15 +357,30 @@ def test_a_picture_that_vanishes_before_it_is_written_is_a_fault(mixed: Path, ba
     assert (report["dropped"], keys_of(tmp_path / "set")) == ({"media_missing": 1}, ["kept"])
 
 
-def test_orientation_in_exif_is_applied(base: Path, tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (112, 56)).save(tmp_path / "turned.jpg", exif=exif)
-    lines = write_lines(tmp_path / "turned.jsonl", [ask("turned", "turned.jpg")])
-    pack.pack_samples(pack.Plan((lines,), RowSettings(base / "processor", 128)), tmp_path / "set", num_workers=1)
-    row = ShardReader(tmp_path / "set").read(0)
-    assert row.documents[0].frames == ((8, 4),)
-    assert (row.media[0][0].height, row.media[0][0].width, row.media[0][0].orientation) == (112, 56, 6)
+def test_every_kind_of_file_is_packed_so_that_the_loader_decodes_it(base: Path, tmp_path: Path) -> None:
+    """Every kind of picture and video, from headers only: the loader finds the sizes that were planned, and no fault."""
+    files = {**kinds(60, 100), "deep": encode(Image.fromarray(draw(60, 100)[..., 0].astype(np.uint16) * 257)),
+             "gif": encode(Image.fromarray(draw(60, 100)).quantize(64), "GIF"),
+             "tiff-rotated": encode(Image.fromarray(draw(60, 100)), "TIFF", exif=rotated_exif())}  # fmt: skip
+    lines = []
+    for name, data in {**files, "clip": clip()}.items():
+        (tmp_path / name).write_bytes(data)
+        lines.append(ask(name, name, kind="video" if name == "clip" else "image"))
+    path = write_lines(tmp_path / "kinds.jsonl", lines)
+    report = pack.pack_samples(pack.Plan((path,), RowSettings(base / "processor", 256)), tmp_path / "set", num_workers=1)
+    assert (report["kept"], report["faults"]) == (len(lines), 0)
+    rows = ShardReader(tmp_path / "set")
+    stored = [rows.read(row) for row in range(len(rows))]
+    found = {document.key: media[0] for row in stored for document, media in zip(row.documents, row.media, strict=True)}
+    turned = found["jpeg-rotated"]
+    assert (turned.height, turned.width, turned.orientation) == (100, 60, 6)
+    assert {key for key, media in found.items() if media.name.endswith("png") and not key.startswith("png")} == {
+        "deep", "gif", "tiff-rotated"}  # fmt: skip
+    config = DataConfig(sequence_length=256, sources=[{"name": "s", "path": tmp_path / "set"}], decode_device="cpu")
+    stream = RowStream(config.sources, config, ModelConfig(preset="digits").shape, seed=0, global_batch_rows=len(rows),
+                       data_rank=0, data_size=1, decode=True, align=8)  # fmt: skip
+    assert stream.step(0).faults == ()
+    stream.close()
 
 
 def test_a_sample_longer_than_a_row_is_named(mixed: Path, base: Path, tmp_path: Path) -> None:
