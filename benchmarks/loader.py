@@ -85,7 +85,7 @@ def _measure(work: Path, num_pictures: int, rounds: int, cores: int) -> int:
         "pictures_s": {name: round(rate, 1) for name, rate in rates.items()},
         "times_bare": round(statistics.median(pairs), 2),
         "bytes_a_picture": bytes_a_picture(files),
-        "hidden": {kind: round(statistics.median(hidden_share(work / "rows", num_pictures, cores, kind) for _ in range(3)), 2)
+        "hidden": {kind: round(statistics.median(hidden_share(work / "rows", num_pictures, cores, kind) for _ in range(rounds)), 2)
                    for kind in ("idle core", "busy core")},
         "pictures": num_pictures, "rounds": rounds, "cores": cores,
     }  # fmt: skip
