@@ -11,24 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
-
-from data_tools.corpus.checks import MAX_PIXELS, check_medium, sniff
+from data_tools.corpus.checks import check_medium, sniff
 from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import MediaRef, Place, read_bytes
 from data_tools.corpus.webdataset import EXTENSIONS
 from megatron_glmv.data.chat import Chat
-from megatron_glmv.data.picture_files import KEPT, PNG_DEPTH
+from megatron_glmv.data.picture_files import BombError, PictureError, convert_picture, read_picture_header
 from megatron_glmv.data.videos import VideoError, VideoPlan, plan_video, read_video_header
 from megatron_glmv.sequence.grid import Grid, image_grid
 
-ORIENTATION = 0x0112
-"""EXIF's number for the turn that a viewer applies; from 5 on it exchanges height and width."""
 START = 64
 """Bytes that tell the kind of a file."""
-Image.init()
-FORMATS = tuple(form for form in (*KEPT, "GIF", "AVIF", "JPEG2000", "PPM") if form in Image.OPEN)
-"""What Pillow may take a file for; what DALI does not read alike is converted."""
+CONVERTED = {"gif": (0, b"GIF8"), "avif": (4, b"ftypavif"), "jp2": (0, b"\x00\x00\x00\x0cjP  ")}
+"""Pictures that the loader does not read, but Pillow: where what stands that tells them; they are decoded and converted."""
 ENDS = {"jpg": (b"\xff\xd9", 4096), "png": (b"IEND", 4096)}
 """What stands near the end of a complete file, and in how many bytes; cameras write a little behind it."""
 
@@ -46,7 +41,7 @@ class PackedMedium:
         width: pixels.
         orientation: of a picture.
         frame_indices: of a video.
-        is_converted: a picture that DALI would read otherwise than Pillow, and is stored as a PNG.
+        converted: a picture that DALI reads otherwise than transformers goes into the row as a PNG.
     """
 
     kind: str
@@ -57,7 +52,7 @@ class PackedMedium:
     width: int
     orientation: int = 1
     frame_indices: tuple[int, ...] = ()
-    is_converted: bool = False
+    converted: bool = False
 
 
 def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[PackedMedium, Grid | VideoPlan]:
@@ -75,12 +70,13 @@ def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[Packed
         with _open(ref) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            extension = sniff(file.read(START))
+            start = file.read(START)
+            extension = sniff(start) or _sniff_converted(start)
             if not size:
                 raise Fault("media_empty", ref.name)
-            if EXTENSIONS.get(extension, "image") != ref.kind:
+            if ("image" if extension in CONVERTED else EXTENSIONS.get(extension)) != ref.kind:
                 raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, no {ref.kind}")
-            if decode:
+            if decode and extension not in CONVERTED:
                 check_medium(ref, read_bytes(ref), "decode")
             file.seek(0)
             measure = _measure_video if ref.kind == "video" else _measure_picture
@@ -94,36 +90,26 @@ def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[Packed
 def _measure_picture(
     ref: MediaRef, file: BinaryIO, extension: str, size: int, chat: Chat
 ) -> tuple[PackedMedium, Grid | VideoPlan]:
-    file.seek(0)
-    start = file.read(START)
-    file.seek(0)
     try:
-        with Image.open(file, formats=FORMATS) as picture:
-            (width, height), form = picture.size, picture.format or ""
-            # Pillow would decode a whole PNG to find EXIF data behind its pixels.
-            exif = picture.getexif() if form != "PNG" or "exif" in picture.info else {}
-            turn = exif.get(ORIENTATION, 1)
-            differs = (form == "PNG" and start[PNG_DEPTH] > 8) or (form == "TIFF" and turn != 1)
-            is_converted = differs or picture.mode not in KEPT.get(form, ())
-    except UnidentifiedImageError:
-        raise Fault("media_wrong_type", f"{ref.name}: no picture") from None
-    except Image.DecompressionBombError as error:
+        header = read_picture_header(file)
+        if header.converted:
+            file.seek(0)
+            convert_picture(file.read())
+    except BombError as error:
         raise Fault("image_bomb", f"{ref.name}: {error}") from None
-    except Exception as error:  # noqa: BLE001  (Pillow's readers raise whatever their parser raises on broken bytes)
-        raise Fault("image_broken", f"{ref.name}: {str(error) or type(error).__name__}") from None
-    if height * width > MAX_PIXELS:
-        raise Fault("image_bomb", f"{ref.name}: {width} x {height} pixels, the limit is {MAX_PIXELS} in all")
+    except PictureError as error:
+        raise Fault("image_broken", f"{ref.name}: {error}") from None
     _check_end(ref, file, extension, size)
-    # Pillow gives the size of a TIFF as turned already.
-    orientation = turn if isinstance(turn, int) and 1 <= turn <= 8 and form != "TIFF" else 1
-    if orientation >= 5:
-        height, width = width, height
     try:
-        grid = image_grid(height, width, chat.image.limits, chat.image.patch_size)
+        grid = image_grid(header.height, header.width, chat.image.limits, chat.image.patch_size)
     except ValueError as error:
         raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
-    known = extension or form.lower()
-    return PackedMedium("image", ref.name, ref.place, known, height, width, orientation, (), is_converted), grid
+    measured = (header.height, header.width, header.orientation)
+    return PackedMedium("image", ref.name, ref.place, extension, *measured, converted=header.converted), grid
+
+
+def _sniff_converted(start: bytes) -> str:
+    return next((name for name, (at, mark) in CONVERTED.items() if start[at : at + len(mark)] == mark), "")
 
 
 def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_glmv.data.media import MAX_PIXELS, BadMedia
 from megatron_glmv.data.resize import resize
-from megatron_glmv.sequence.patches import patchify
+from megatron_glmv.sequence.patches import cut_patches
 
 CODEC_FAILURES = {
     "#3": "the data are damaged",
@@ -66,6 +66,7 @@ class PictureDecoder:
         *,
         patch: int = 14,
         merge: int = 2,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         """Prepare DALI.
 
@@ -74,22 +75,29 @@ class PictureDecoder:
             num_threads: threads of DALI and, on the CPU, of the resize.
             patch: side of a patch in pixels.
             merge: patches a side of one token.
+            stream: on a GPU the one to work on; None makes one.
         """
         self._device = device
-        self._shape = (patch, 1, merge)
+        self._patch, self._merge = patch, merge
         self._gpu = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else None
-        self._stream = torch.cuda.Stream(self._gpu) if self._gpu else None
+        self._stream = (stream or torch.cuda.Stream(self._gpu)) if self._gpu else None
         self._context = ndd.EvalContext(
             num_threads=num_threads, device_id=self._gpu.index if self._gpu else None, cuda_stream=self._stream
         )
         self._pool = ThreadPoolExecutor(num_threads, "resize") if num_threads > 1 and not self._gpu else None
 
-    def decode(self, pictures: Sequence[EncodedPicture]) -> list[Tensor | BadMedia]:
+    def decode(self, pictures: Sequence[EncodedPicture], into: Sequence[Tensor] | None = None) -> list[Tensor | BadMedia]:
         """The patches of each picture, or why there are none.
 
+        Args:
+            pictures: of one batch.
+            into: for each picture the tensor to fill; None makes new ones.
+
         Returns:
-            for each picture [rows x columns, 3 x patch x patch] uint8 in Hugging Face's order, or a BadMedia.
+            for each picture [rows x columns, patch x patch x 3] uint8, as `sequence.patches.cut_patches` makes them, or why
+            there are none.
         """
+        outs: Sequence[Tensor | None] = into if into is not None else [None] * len(pictures)
         # Synchronous, so that an error is raised inside the `try` below and no thread of DALI's outlives the call.
         with self._context, ndd.EvalMode.sync_full:
             decoded = self._decode(pictures)
@@ -100,8 +108,9 @@ class PictureDecoder:
                         decoded[index] = BadMedia(f"decodes to {_by(size)} pixels, {_by(picture.size)} were measured")
             good = [index for index, pixels in enumerate(decoded) if not isinstance(pixels, BadMedia)]
             cut = self._finish_gpu if self._gpu else self._finish_cpu
-            for index, patches in zip(good, cut([decoded[i] for i in good], [pictures[i] for i in good]), strict=True):
-                decoded[index] = patches
+            patches = cut([decoded[i] for i in good], [pictures[i] for i in good], [outs[i] for i in good])
+            for index, result in zip(good, patches, strict=True):
+                decoded[index] = result
         return decoded
 
     def close(self) -> None:
@@ -132,14 +141,18 @@ class PictureDecoder:
             for size in sizes
         ]
 
-    def _finish_cpu(self, decoded: Sequence[Any], pictures: Sequence[EncodedPicture]) -> list[Tensor]:
+    def _finish_cpu(
+        self, decoded: Sequence[Any], pictures: Sequence[EncodedPicture], outs: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         apply = self._pool.map if self._pool else map
-        return list(apply(self._finish_one, [pixels.torch() for pixels in decoded], pictures))
+        return list(apply(self._finish_one, [pixels.torch() for pixels in decoded], pictures, outs))
 
-    def _finish_one(self, pixels: Tensor, picture: EncodedPicture) -> Tensor:
-        return patchify(resize(turn(pixels, picture.orientation), picture.resized), *self._shape)
+    def _finish_one(self, pixels: Tensor, picture: EncodedPicture, out: Tensor | None) -> Tensor:
+        return cut_patches(resize(turn(pixels, picture.orientation), picture.resized), self._patch, self._merge, out)
 
-    def _finish_gpu(self, decoded: Sequence[Any], pictures: Sequence[EncodedPicture]) -> list[Tensor]:
+    def _finish_gpu(
+        self, decoded: Sequence[Any], pictures: Sequence[EncodedPicture], outs: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """Resized before they are turned: DALI's pixels stay DALI's until then."""
         assert self._stream is not None
         if not decoded:
@@ -150,7 +163,7 @@ class PictureDecoder:
             upright = (
                 turn(pixels.torch(), picture.orientation) for pixels, picture in zip(resized.tensors, pictures, strict=True)
             )
-            patches = [patchify(pixels, *self._shape) for pixels in upright]
+            patches = [cut_patches(pixels, self._patch, self._merge, out) for pixels, out in zip(upright, outs, strict=True)]
         self._stream.synchronize()
         for tensor in patches:
             # The training stream reads them later; the allocator must not hand the memory to this stream before that.

@@ -1,4 +1,4 @@
-"""Picture files before they are packed: their size as transformers sees it, and the few that DALI reads otherwise, converted.
+"""Picture files before they are packed: their size as transformers sees it, and which of them DALI reads otherwise.
 
 Decided when a data set is packed, so that the loader finds only files that decode alike everywhere: a picture's EXIF
 orientation becomes a number of its entry, and a GIF, an AVIF or a picture of 16 bits a channel becomes the PNG of what Pillow
@@ -10,6 +10,8 @@ Source: transformers 5.23.0, image_utils.py (`load_image`: upright, then `conver
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
+from typing import BinaryIO
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -24,53 +26,127 @@ KEPT = {
     "TIFF": ("L", "RGB"),
 }
 """Formats and modes that DALI decodes to Pillow's pixels; all else is converted."""
-PNG_DEPTH = 24
-"""Byte of a PNG that holds its bits a channel."""
+PNG_SIGNATURE, PNG_DEPTH = 8, 24
+"""Bytes of a PNG before its chunks, and the one that holds its bits a channel."""
 
 
 class PictureError(ValueError):
     """A picture that cannot be read; the message says why, and not which."""
 
 
-def prepare_picture(data: bytes, extension: str, *, upright: bool = True, decode: bool = True) -> Picture:
-    """A picture as it goes into a data set.
+class BombError(PictureError):
+    """A picture of more pixels than anyone wants to decode."""
+
+
+@dataclass(frozen=True)
+class PictureHeader:
+    """What is known of a picture before it is decoded.
+
+    Attributes:
+        height: pixels, turned.
+        width: pixels.
+        orientation: EXIF's number of the turn that the loader applies, 1 for none.
+        converted: DALI would give other pixels: `convert_picture` makes what is packed.
+    """
+
+    height: int
+    width: int
+    orientation: int = 1
+    converted: bool = False
+
+
+def read_picture_header(file: BinaryIO, *, upright: bool = True) -> PictureHeader:
+    """A picture's size and turn; decodes nothing.
 
     Args:
-        data: contents of a file; the format is found from them, whatever the file is called.
-        extension: of the file, without the dot.
+        file: at its start; the format is found from the contents.
         upright: turn it by its EXIF orientation, as transformers does with a path or address; else take it as it is stored.
-        decode: also decode it in full, which finds files that are damaged behind their header.
-
-    Returns:
-        The untouched bytes with the size and turn that the loader applies, or a PNG where DALI would give other pixels.
 
     Raises:
-        PictureError: no picture that Pillow reads, one that is damaged, or one of more than MAX_PIXELS.
+        PictureError: no picture that Pillow reads.
+        BombError: one of more than MAX_PIXELS.
+    """
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            orientation = _orientation(image, file)
+            is_kept = image.mode in KEPT.get(image.format or "", ()) and not _differs(image, file, orientation)
+            is_turned_by_pillow = image.format == "TIFF"
+    except Image.DecompressionBombError as error:
+        raise BombError(str(error)) from None
+    except Exception as error:  # noqa: BLE001  (Pillow's readers raise whatever their parser raises on broken bytes)
+        raise PictureError(str(error) or type(error).__name__) from None
+    if width * height > MAX_PIXELS:
+        raise BombError(f"{height} x {width} pixels are over the limit of {MAX_PIXELS}")
+    if not upright or is_turned_by_pillow:
+        orientation = 1
+    if orientation >= 5:
+        height, width = width, height
+    return PictureHeader(height, width, orientation if is_kept else 1, not is_kept)
+
+
+def convert_picture(data: bytes, *, upright: bool = True) -> bytes:
+    """The PNG of what transformers makes of a picture; of an animation the first frame.
+
+    Raises:
+        PictureError: the picture is damaged.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise PictureError(f"{height} x {width} pixels are over the limit of {MAX_PIXELS}")
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            # Pillow turns TIFF on its own, always; DALI never.
-            differs = (image.format == "PNG" and data[PNG_DEPTH] > 8) or (image.format == "TIFF" and orientation != 1)
-            if image.mode not in KEPT.get(image.format or "", ()) or differs:
-                return _converted(image, upright)
-            if decode:
-                image.load()
-    except PictureError:
-        raise
-    except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever their parser raises on broken bytes)
+            pixels = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
+    except Exception as error:  # noqa: BLE001  (as above)
         raise PictureError(str(error) or type(error).__name__) from None
-    if not upright or orientation not in range(2, 9):
-        return Picture(data, extension, height, width)
-    turned = (width, height) if orientation >= 5 else (height, width)
-    return Picture(data, extension, *turned, orientation)
-
-
-def _converted(image: Image.Image, upright: bool) -> Picture:
-    pixels = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     buffer = io.BytesIO()
     pixels.save(buffer, "PNG", compress_level=1)
-    return Picture(buffer.getvalue(), "png", pixels.height, pixels.width)
+    return buffer.getvalue()
+
+
+def prepare_picture(data: bytes, extension: str, *, upright: bool = True) -> Picture:
+    """A picture as it goes into a data set: its untouched bytes, or a PNG where DALI would give other pixels.
+
+    Args:
+        data: contents of a file.
+        extension: of the file, without the dot.
+        upright: as for `read_picture_header`.
+
+    Raises:
+        PictureError: as `read_picture_header` and `convert_picture`.
+    """
+    header = read_picture_header(io.BytesIO(data), upright=upright)
+    if header.converted:
+        return Picture(convert_picture(data, upright=upright), "png", header.height, header.width)
+    return Picture(data, extension, header.height, header.width, header.orientation)
+
+
+def _differs(image: Image.Image, file: BinaryIO, orientation: int) -> bool:
+    """A file of a kept format and mode that DALI reads otherwise: deep PNGs, and TIFFs, which Pillow turns on its own."""
+    if image.format == "TIFF":
+        return orientation != 1
+    if image.format != "PNG":
+        return False
+    file.seek(PNG_DEPTH)
+    return file.read(1) > b"\x08"
+
+
+def _orientation(image: Image.Image, file: BinaryIO) -> int:
+    """EXIF's number, 1 where there is none that means anything.
+
+    Pillow would decode a whole PNG to look for EXIF data behind its pixels; so it is only asked where there are any.
+    """
+    if image.format == "PNG" and "exif" not in image.info and not _png_has(file, b"eXIf", b"iTXt"):
+        return 1
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _png_has(file: BinaryIO, *kinds: bytes) -> bool:
+    """Whether a PNG has a chunk of one of these kinds; reads the heads of chunks only."""
+    place = PNG_SIGNATURE
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IEND":
+            return False
+        if head[4:] in kinds:
+            return True
+        place += 12 + int.from_bytes(head[:4], "big")

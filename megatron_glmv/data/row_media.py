@@ -64,10 +64,11 @@ class MediaDecoder:
             num_threads: of each decoder.
         """
         self._patch = shape.patch_size
-        sizes = {"patch": shape.patch_size, "merge": shape.spatial_merge_size}
-        self._pictures = PictureDecoder(device, num_threads, **sizes)
-        self._videos = VideoDecoder(device, num_threads, **sizes)
         self._device = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else torch.device("cpu")
+        self._stream = torch.cuda.Stream(self._device) if device == "gpu" else None
+        patch, merge = shape.patch_size, shape.spatial_merge_size
+        self._pictures = PictureDecoder(device, num_threads, patch=patch, merge=merge, stream=self._stream)
+        self._videos = VideoDecoder(device, num_threads, patch=patch, merge=merge, stream=self._stream)
         self._pin = device == "cpu" and torch.cuda.is_available()
 
     def decode(self, row: StoredRow) -> tuple[Tensor, tuple[BadDocument, ...]]:
@@ -77,19 +78,22 @@ class MediaDecoder:
             row: read with its media.
 
         Returns:
-            [M, 3 x patch x patch] uint8, the flat form of `sequence.patches.join_frames`; each bad sample once.
+            [M, patch x patch x 3] uint8, the flat form of `sequence.patches.join_frames`; each bad sample once.
         """
         parts = list(self._parts(row))
         size = (parts[-1].end if parts else 0, 3 * self._patch**2)
-        patches = torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pin)
         faults: dict[int, BadDocument] = {}
-        for part, result in self._decode(parts):
-            if isinstance(result, BadMedia):
-                reason = f"{part.media.name}: {result.reason}"
-                faults.setdefault(part.document, BadDocument(part.document, part.key, reason))
-                patches[part.start : part.end] = GREY
-            else:
-                patches[part.start : part.end] = result
+        # On a GPU the memory is the decoders' stream's, so that they need not wait for the training step in flight.
+        with torch.cuda.stream(self._stream):
+            patches = torch.empty(size, dtype=torch.uint8, device=self._device, pin_memory=self._pin)
+            for part, result in self._decode(parts, patches):
+                if isinstance(result, BadMedia):
+                    reason = f"{part.media.name}: {result.reason}"
+                    faults.setdefault(part.document, BadDocument(part.document, part.key, reason))
+                    patches[part.start : part.end] = GREY
+        if self._stream is not None:
+            self._stream.synchronize()
+            patches.record_stream(torch.cuda.default_stream(self._device))
         return patches, tuple(faults[document] for document in sorted(faults))
 
     def close(self) -> None:
@@ -109,7 +113,8 @@ class MediaDecoder:
                 yield _Part(number, document.key, listed, content, (rows * self._patch, columns * self._patch), start, end)
                 start = end
 
-    def _decode(self, parts: list[_Part]) -> Iterator[tuple[_Part, Tensor | BadMedia]]:
+    def _decode(self, parts: list[_Part], patches: Tensor) -> Iterator[tuple[_Part, Tensor | BadMedia]]:
+        """Fill `patches`, and say of each part whether it could be."""
         sound: list[_Part] = []
         for part in parts:
             if len(part.data) != part.media.size_bytes or zlib.crc32(part.data) != part.media.crc32:
@@ -118,11 +123,12 @@ class MediaDecoder:
                 sound.append(part)
         pictures = [part for part in sound if part.media.kind == "image"]
         encoded = [EncodedPicture(part.data, part.resized, _size(part), part.media.orientation) for part in pictures]
-        yield from zip(pictures, self._pictures.decode(encoded), strict=True)
+        places = [patches[part.start : part.end] for part in pictures]
+        yield from zip(pictures, self._pictures.decode(encoded, places), strict=True)
         for part in sound:
             if part.media.kind == "video":
                 video = EncodedVideo(part.data, part.resized, _size(part), part.media.frame_indices)
-                yield part, self._videos.decode(video)
+                yield part, self._videos.decode(video, patches[part.start : part.end])
 
 
 def _size(part: _Part) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from torch import Tensor
 from megatron_glmv.data.media import BadMedia
 from megatron_glmv.data.resize import resize
 from megatron_glmv.data.videos import VideoError, open_video
-from megatron_glmv.sequence.patches import patchify
+from megatron_glmv.sequence.patches import cut_patches
 
 GPU_BYTES = 256 << 20
 """Bytes of decoded frames of full size that the GPU holds at a time."""
@@ -58,7 +58,15 @@ class EncodedVideo:
 class VideoDecoder:
     """Decodes, resizes and cuts videos into patches. Not for two threads at once."""
 
-    def __init__(self, device: Literal["cpu", "gpu"] = "cpu", num_threads: int = 1, *, patch: int = 14, merge: int = 2) -> None:
+    def __init__(
+        self,
+        device: Literal["cpu", "gpu"] = "cpu",
+        num_threads: int = 1,
+        *,
+        patch: int = 14,
+        merge: int = 2,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         """Start the resizing threads.
 
         Args:
@@ -66,19 +74,33 @@ class VideoDecoder:
             num_threads: threads of the decoder and of the resize.
             patch: side of a patch in pixels.
             merge: patches a side of one token.
+            stream: on a GPU the one to work on; None makes one.
         """
         self._num_threads, self._patch, self._merge = num_threads, patch, merge
         self._gpu = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else None
+        self._stream = (stream or torch.cuda.Stream(self._gpu)) if self._gpu else None
         self._pool = ThreadPoolExecutor(num_threads, "frames") if self._gpu is None else None
 
-    def decode(self, video: EncodedVideo) -> Tensor | BadMedia:
+    def decode(self, video: EncodedVideo, into: Tensor | None = None) -> Tensor | BadMedia:
         """The patches of a video's frames, or why there are none.
 
+        Args:
+            video: to decode.
+            into: the tensor to fill, on the decoder's device; None makes a new one.
+
         Returns:
-            [frames x rows x columns, 3 x patch x patch] uint8, frame by frame in Hugging Face's order.
+            [frames x rows x columns, patch x patch x 3] uint8, frame by frame as `sequence.patches.cut_patches` makes them.
         """
+        height, width = video.resized
+        if into is None:
+            size = (len(video.frame_indices) * height * width // self._patch**2, 3 * self._patch**2)
+            into = torch.empty(size, dtype=torch.uint8, device=self._gpu)
         try:
-            return self._decode_gpu(video) if self._pool is None else self._decode_cpu(video, self._pool)
+            if self._pool is None:
+                self._decode_gpu(video, into)
+            else:
+                self._decode_cpu(video, into, self._pool)
+            return into
         except VideoError as error:
             return BadMedia(str(error))
         except RuntimeError as error:
@@ -89,19 +111,16 @@ class VideoDecoder:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _decode_cpu(self, video: EncodedVideo, pool: ThreadPoolExecutor) -> Tensor:
-        height, width = video.resized
-        per_frame = height * width // self._patch**2
-        patches = torch.empty((len(video.frame_indices) * per_frame, 3 * self._patch**2), dtype=torch.uint8)
-        slots = patches.view(len(video.frame_indices), per_frame, -1)
+    def _decode_cpu(self, video: EncodedVideo, into: Tensor, pool: ThreadPoolExecutor) -> None:
+        slots = into.view(len(video.frame_indices), -1, into.shape[1])
         places: dict[int, list[int]] = {}
         for place, index in enumerate(video.frame_indices):
             places.setdefault(index, []).append(place)
 
         def finish(frame: VideoFrame, index: int) -> None:
-            cut = self._cut(torch.from_numpy(frame.to_ndarray(format="rgb24")), video.resized)
+            pixels = self._resize(frame, video.resized)
             for place in places[index]:
-                slots[place] = cut
+                cut_patches(pixels, self._patch, self._merge, slots[place])
 
         waiting: deque[Future[None]] = deque()
         try:
@@ -114,22 +133,19 @@ class VideoDecoder:
                 future.exception()
         for future in waiting:
             future.result()
-        return patches
 
-    def _cut(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        return patchify(resize(pixels, size), self._patch, 1, self._merge)
+    def _resize(self, frame: VideoFrame, size: tuple[int, int]) -> Tensor:
+        return resize(torch.from_numpy(frame.to_ndarray(format="rgb24")), size)
 
-    def _decode_gpu(self, video: EncodedVideo) -> Tensor:
-        stream = torch.cuda.Stream(self._gpu)
+    def _decode_gpu(self, video: EncodedVideo, into: Tensor) -> None:
         assert self._gpu is not None
-        with (
-            ndd.EvalContext(num_threads=self._num_threads, device_id=self._gpu.index, cuda_stream=stream),
-            torch.cuda.stream(stream),
-        ):
-            patches = torch.cat(list(dali_frames(video, "gpu", self._patch, self._merge)))
-        stream.synchronize()
-        patches.record_stream(torch.cuda.default_stream(self._gpu))
-        return patches
+        assert self._stream is not None
+        context = ndd.EvalContext(num_threads=self._num_threads, device_id=self._gpu.index, cuda_stream=self._stream)
+        slots = into.chunk(len(video.frame_indices))
+        with context, torch.cuda.stream(self._stream):
+            for slot, patches in zip(slots, dali_frames(video, "gpu", self._patch, self._merge), strict=True):
+                slot.copy_(patches)
+        self._stream.synchronize()
 
 
 def dali_frames(video: EncodedVideo, device: Literal["cpu", "gpu"], patch: int, merge: int) -> Iterator[Tensor]:
@@ -154,7 +170,7 @@ def dali_frames(video: EncodedVideo, device: Literal["cpu", "gpu"], patch: int, 
             if found != video.resized:
                 frames = ndd.resize(frames, size=target, interp_type=types.INTERP_CUBIC, antialias=True)
             for pixels in frames.tensors[0].torch():
-                last = patchify(pixels, patch, 1, merge)
+                last = cut_patches(pixels, patch, merge)
                 yield last
     yield from [last] * (len(video.frame_indices) - len(unique))
 

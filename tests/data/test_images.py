@@ -19,7 +19,7 @@ from PIL import Image
 from megatron_glmv.data.images import EncodedPicture, PictureDecoder
 from megatron_glmv.data.media import MAX_PIXELS, BadMedia
 from megatron_glmv.sequence.grid import PixelLimits, image_grid, smart_resize
-from megatron_glmv.sequence.patches import join_frames, normalize_patches, patchify
+from megatron_glmv.sequence.patches import cut_patches, join_frames, normalize_patches
 from tests.data.pictures import broken, draw, encode, kinds
 
 LIMITS = PixelLimits(min_pixels=12_544, max_pixels=2 * 600 * 800)
@@ -84,14 +84,14 @@ def test_every_shape_equals_the_image_processor(decoder, processor, size, form):
 def test_the_orientation_of_exif_is_not_applied(decoder):
     data = kinds(56, 84)["jpeg-rotated"]
     (patches,) = decoder.decode([EncodedPicture(data, (56, 84), (56, 84))])
-    assert torch.equal(patches, patchify(pillow_pixels(data), temporal=1))
+    assert torch.equal(patches, cut_patches(pillow_pixels(data)))
 
 
 def test_alpha_is_dropped_not_blended(decoder):
     data = kinds(56, 84)["png-rgba"]
     (patches,) = decoder.decode([EncodedPicture(data, (56, 84), (56, 84))])
     with Image.open(io.BytesIO(data)) as image:
-        assert torch.equal(patches, patchify(torch.from_numpy(np.array(image)[:, :, :3]), temporal=1))
+        assert torch.equal(patches, cut_patches(torch.from_numpy(np.array(image)[:, :, :3].copy())))
 
 
 def test_pictures_of_a_batch_do_not_depend_on_each_other(decoder):

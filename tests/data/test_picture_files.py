@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_glmv.data.images import EncodedPicture, PictureDecoder, turn
 from megatron_glmv.data.media import MAX_PIXELS
-from megatron_glmv.data.picture_files import PictureError, prepare_picture
+from megatron_glmv.data.picture_files import BombError, PictureError, prepare_picture, read_picture_header
 from megatron_glmv.sequence.grid import PixelLimits, smart_resize
 from megatron_glmv.sequence.patches import join_frames, normalize_patches
 from tests.data.pictures import broken, draw, encode, kinds, rotated_exif
@@ -103,15 +103,35 @@ def test_turns_are_those_of_pillow(orientation):
     assert np.array_equal(turn(torch.from_numpy(pixels), orientation).numpy(), expected)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in broken() if kind != "gif"])
+@pytest.mark.parametrize("kind", ["empty", "text", "noise", "jpeg-header-only"])
 def test_a_broken_file_is_refused(kind):
     with pytest.raises(PictureError):
         prepare_picture(broken()[kind], "jpg")
+
+
+def test_a_broken_file_that_must_be_converted_is_refused():
+    data = png_of_16_bits(3)
+    with pytest.raises(PictureError):
+        prepare_picture(data[: len(data) // 2], "png")
+
+
+def test_a_header_is_read_without_decoding():
+    """The same for a file whose pixels are noise, with EXIF data before and behind them."""
+    for kind in ("png-turned", "png", "jpeg-turned-5", "webp-turned"):
+        data = FILES[kind]
+        header = read_picture_header(io.BytesIO(data))
+        picture = prepare_picture(data, "x")
+        assert (header.height, header.width, header.orientation) == (picture.height, picture.width, picture.orientation)
+    data = FILES["png-turned"]
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    behind = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert read_picture_header(io.BytesIO(behind)).orientation == 6
 
 
 def test_a_bomb_is_refused_before_it_is_decoded():
     side = int(MAX_PIXELS**0.5) + 1
     header = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    with pytest.raises(PictureError, match=r"pixels"):
+    with pytest.raises(BombError, match="pixels"):
         prepare_picture(data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")), "png")

@@ -15,7 +15,7 @@ from megatron_glmv.data.media import BadMedia
 from megatron_glmv.data.video_frames import EncodedVideo, VideoDecoder, dali_frames
 from megatron_glmv.data.videos import DynamicRate, VideoPlan, VideoSettings, plan_video, read_video_header
 from megatron_glmv.sequence.grid import PixelLimits
-from megatron_glmv.sequence.patches import join_frames, normalize_patches, patchify
+from megatron_glmv.sequence.patches import cut_patches, join_frames, normalize_patches
 from tests.data.clips import broken_clips, clip, clips
 
 LIMITS = PixelLimits(12_544, 8 * 120 * 160)
@@ -84,7 +84,7 @@ def test_the_chosen_frames_are_found_wherever_decoding_starts(decoder, kind, ind
     data = LONG[kind]
     if kind != "all key":
         indices = (*indices, 149, 150, 239, 239)
-    expected = torch.cat([patchify(torch.from_numpy(frames_of(data)[index]), temporal=1) for index in indices])
+    expected = torch.cat([cut_patches(torch.from_numpy(frames_of(data)[index])) for index in indices])
     assert torch.equal(decoder.decode(EncodedVideo(data, (56, 84), (56, 84), indices)), expected)
 
 
@@ -103,7 +103,7 @@ def test_only_what_is_needed_is_decoded(decoder, monkeypatch):
 def test_files_without_trustworthy_times_are_counted_through(decoder):
     """AVI has no times of display: with B-frames, the times that FFmpeg makes up are not even ascending."""
     data = clip(40, 56, 84, fps=10, form="avi", options=(("bf", "2"),))
-    expected = torch.cat([patchify(torch.from_numpy(frames_of(data)[index]), temporal=1) for index in (3, 20, 21, 30)])
+    expected = torch.cat([cut_patches(torch.from_numpy(frames_of(data)[index])) for index in (3, 20, 21, 30)])
     assert torch.equal(decoder.decode(EncodedVideo(data, (56, 84), (56, 84), (3, 20, 21, 30))), expected)
 
 
@@ -148,10 +148,10 @@ def test_frames_of_full_size_do_not_pile_up(decoder, monkeypatch):
             most.append(len(alive))
             yield index, frame
 
-    cut = VideoDecoder._cut
+    resize = VideoDecoder._resize
     done = iter(video.frame_indices)
     monkeypatch.setattr(video_frames, "_read_frames", watched)
-    monkeypatch.setattr(VideoDecoder, "_cut", lambda self, *args: (alive.discard(next(done)), cut(self, *args))[1])
+    monkeypatch.setattr(VideoDecoder, "_resize", lambda self, *args: (alive.discard(next(done)), resize(self, *args))[1])
     assert isinstance(decoder.decode(video), torch.Tensor)
     assert max(most) <= 2 * 2 + 2
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_glmv.sequence.patches import join_frames, normalize_patches, num_flat_patches, patchify
+from megatron_glmv.sequence.patches import cut_patches, join_frames, normalize_patches, num_flat_patches, patchify
 
 
 def test_order_of_patches_and_of_the_values_in_them():
@@ -61,11 +61,23 @@ def test_frames_are_joined_in_their_order():
     rows = num_flat_patches(frames, moving)
     assert rows == 4 + 2 * 8 + 4 + 2 * 4
     flat = (1000 * torch.arange(rows))[:, None] + torch.arange(3 * 5)
-    joined = join_frames(flat, frames, moving).view(-1, 3, 2, 5)
+    joined = join_frames(flat, frames, moving).view(-1, 3, 2, 5).transpose(2, 3).transpose(1, 2)
     first = [*range(4), *range(4, 12), *range(20, 24), *range(24, 28)]
     second = [*range(4), *range(12, 20), *range(20, 24), *range(28, 32)]
-    assert torch.equal(joined[:, :, 0], flat.view(-1, 3, 5)[first])
-    assert torch.equal(joined[:, :, 1], flat.view(-1, 3, 5)[second])
+    assert torch.equal(joined[..., 0], flat.view(-1, 5, 3)[first])
+    assert torch.equal(joined[..., 1], flat.view(-1, 5, 3)[second])
+
+
+def test_flat_patches_join_to_those_of_the_processor():
+    picture = torch.arange(56 * 84 * 3, dtype=torch.int32).reshape(56, 84, 3)
+    flat = cut_patches(picture)
+    assert torch.equal(join_frames(flat, torch.tensor([[4, 6]]), torch.tensor([False])), patchify(picture))
+    out = torch.zeros(40, 588, dtype=torch.int32)
+    assert cut_patches(picture.flip(0).flip(0), out=out[8:32]).data_ptr() == out[8:].data_ptr()
+    assert torch.equal(out[8:32], flat)
+    assert not out[:8].any()
+    with pytest.raises(ValueError, match="blocks of 28 pixels"):
+        cut_patches(picture[:29])
 
 
 def test_rows_without_pictures_join_to_nothing():
