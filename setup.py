@@ -46,6 +46,7 @@ setup(
         "tqdm",
         "matplotlib",
         "scikit-learn",
+        "scipy",
         "pyarrow",
         "av",
         "httpx",

@@ -6,6 +6,7 @@
 Text is long-tailed (log-normal, median 500 tokens). The picture mixture has 30 % text, 55 % samples of one picture and 15 % of
 two to eight, each of 16 to 6,144 tokens. "slowest of 8" is the cost of the costliest of 8 random rows over the mean: what a
 step of 8 replicas takes, where 1.00 is perfect balance; cost is that of `megatron_glmv/data/cost.py`, padding included.
+The bound is what no packing beats: a sample that costs more than the mean row makes a costly row wherever it stands.
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ def compare(count: int) -> None:
             print(f"\n{kind}, {count:,} samples, rows of {length:,} tokens; {lengths.mean():.0f} tokens a sample")
             heads = ("rows", "fill", "s a million", "cost spread", "slowest of 8", "patches p99/mean")
             print(" " * 26 + "".join(f"{head:>{width}}" for head, width in zip(heads, (9, 9, 13, 13, 14, 18), strict=True)))
+            num_rows = -(-int((-(-lengths // ALIGN) * ALIGN).sum()) // length)
+            spread, slowest = evenest(extra, length, num_rows)
+            print(f"{'(bound)':26}{num_rows:9,}{lengths.sum() / num_rows / length:9.2%}{'':13}{spread:13.4f}{slowest:14.4f}")
             for name, way in ways.items():
                 started = time.process_time()
                 rows = way()
@@ -105,6 +109,17 @@ def compare(count: int) -> None:
                 skew = f"{np.percentile(held, 99) / held.mean():.3f}" if held.any() else "-"
                 print(f"{name:26}{len(rows):9,}{lengths.sum() / len(rows) / length:9.2%}{seconds:13.1f}"
                       f"{own.std() / own.mean():13.4f}{slowest:14.4f}{skew:>18}", flush=True)  # fmt: skip
+
+
+def evenest(costs: npt.NDArray[np.float64], length: int, num_rows: int) -> tuple[float, float]:
+    """Spread and slowest of 8 that no packing can beat: samples costlier than the mean row alone, all else even."""
+    ordered, left, alone = np.sort(costs)[::-1], float(costs.sum()), 0
+    while ordered[alone] > left / (num_rows - alone):
+        left -= float(ordered[alone])
+        alone += 1
+    rows = length + np.concatenate([ordered[:alone], np.full(num_rows - alone, left / (num_rows - alone))])
+    chances = np.diff((np.arange(num_rows + 1) / num_rows) ** 8)
+    return rows.std() / rows.mean(), float((np.sort(rows) * chances).sum() / rows.mean())
 
 
 def write_corpus(folder: Path, count: int) -> None:

@@ -32,6 +32,8 @@ example:
   glmv-data digits runs/digits/raw --train 16000 --eval 480
   glmv-data train-tokenizer runs/digits/processor --input runs/digits/raw/train.jsonl --min-pixels 1568
   glmv-data pack runs/digits/raw/train.jsonl runs/digits/train --processor runs/digits/processor --length 1024
+  glmv-data inspect runs/digits/train --out runs/digits/rows.html
+  glmv-data stats runs/digits/train --out runs/digits/stats
 """
 
 

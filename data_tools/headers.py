@@ -16,12 +16,14 @@ from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import MediaRef, Place, read_bytes
 from data_tools.corpus.webdataset import EXTENSIONS
 from megatron_glmv.data.chat import Chat
-from megatron_glmv.data.picture_files import BombError, NoPictureError, PictureError, read_picture_header
+from megatron_glmv.data.picture_files import BombError, PictureError, convert_picture, read_picture_header
 from megatron_glmv.data.videos import VideoError, VideoPlan, plan_video, read_video_header
 from megatron_glmv.sequence.grid import Grid, image_grid
 
 START = 64
 """Bytes that tell the kind of a file."""
+CONVERTED = {"gif": (0, b"GIF8"), "avif": (4, b"ftypavif"), "jp2": (0, b"\x00\x00\x00\x0cjP  ")}
+"""Pictures that the loader does not read, but Pillow: where what stands that tells them; they are decoded and converted."""
 ENDS = {"jpg": (b"\xff\xd9", 4096), "png": (b"IEND", 4096)}
 """What stands near the end of a complete file, and in how many bytes; cameras write a little behind it."""
 
@@ -39,7 +41,7 @@ class PackedMedium:
         width: pixels.
         orientation: of a picture.
         frame_indices: of a video.
-        is_converted: a picture that DALI would read otherwise than Pillow, and is stored as a PNG.
+        converted: a picture that DALI reads otherwise than transformers goes into the row as a PNG.
     """
 
     kind: str
@@ -50,7 +52,7 @@ class PackedMedium:
     width: int
     orientation: int = 1
     frame_indices: tuple[int, ...] = ()
-    is_converted: bool = False
+    converted: bool = False
 
 
 def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[PackedMedium, Grid | VideoPlan]:
@@ -68,12 +70,13 @@ def plan_medium(ref: MediaRef, chat: Chat, decode: bool = False) -> tuple[Packed
         with _open(ref) as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            extension = sniff(file.read(START))
+            start = file.read(START)
+            extension = sniff(start) or _sniff_converted(start)
             if not size:
                 raise Fault("media_empty", ref.name)
-            if EXTENSIONS.get(extension, "image") != ref.kind:
+            if ("image" if extension in CONVERTED else EXTENSIONS.get(extension)) != ref.kind:
                 raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, no {ref.kind}")
-            if decode:
+            if decode and extension not in CONVERTED:
                 check_medium(ref, read_bytes(ref), "decode")
             file.seek(0)
             measure = _measure_video if ref.kind == "video" else _measure_picture
@@ -89,8 +92,9 @@ def _measure_picture(
 ) -> tuple[PackedMedium, Grid | VideoPlan]:
     try:
         header = read_picture_header(file)
-    except NoPictureError as error:
-        raise Fault("media_wrong_type", f"{ref.name}: {error}") from None
+        if header.converted:
+            file.seek(0)
+            convert_picture(file.read())
     except BombError as error:
         raise Fault("image_bomb", f"{ref.name}: {error}") from None
     except PictureError as error:
@@ -101,7 +105,11 @@ def _measure_picture(
     except ValueError as error:
         raise Fault("image_too_narrow", f"{ref.name}: {error}") from None
     measured = (header.height, header.width, header.orientation)
-    return PackedMedium("image", ref.name, ref.place, extension or header.form, *measured, (), header.is_converted), grid
+    return PackedMedium("image", ref.name, ref.place, extension, *measured, converted=header.converted), grid
+
+
+def _sniff_converted(start: bytes) -> str:
+    return next((name for name, (at, mark) in CONVERTED.items() if start[at : at + len(mark)] == mark), "")
 
 
 def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None:

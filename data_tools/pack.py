@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.corpus.job import SETTINGS, Job, Part, chunk_path, write_json
+from data_tools.corpus.job import REPORT, SETTINGS, Job, Part, chunk_path, write_json
 from data_tools.corpus.reader import list_chunks, list_files
 from data_tools.measure import Measuring
 from data_tools.pack_rows import RowPacking, RowSettings, Share
@@ -141,6 +141,7 @@ def _keep_measured(job: Job, plan: Plan) -> None:
     is_same = found.get("tool") == job.tool and {key: settings.get(key) for key in measuring} == measuring
     if is_same and settings != job.settings and settings.get("parts") == 1:
         shutil.rmtree(job.partial / ROWS, ignore_errors=True)
+        (job.partial / REPORT).unlink(missing_ok=True)
         write_json(path, found | {"settings": job.settings})
 
 
@@ -148,6 +149,9 @@ def _join(job: Job, plan: Plan, shares: Sequence[Share], worker_seconds: dict[st
     """Make one data set of what the parts wrote; the parts may come here together, and the first does it."""
     try:
         with job.alone():
+            finished = job.finished()
+            if finished is not None:
+                return finished
             paths = [chunk_path(job.partial / ROWS, share.number, "index.json") for share in shares]
             indexes = [PackedIndex.model_validate_json(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
             if not indexes:
@@ -160,7 +164,7 @@ def _join(job: Job, plan: Plan, shares: Sequence[Share], worker_seconds: dict[st
             write_index(job.partial, index)
             return job.finish([MEASURED, ROWS], shares, extra)
     except FileNotFoundError:
-        report = job.start() if job.out.exists() else None
+        report = job.finished()
         if report is None:
             raise
         return report

@@ -29,7 +29,7 @@ from megatron_glmv.data.chat import Chat
 from megatron_glmv.data.cost import cost_model
 from megatron_glmv.data.media import Clip, Picture
 from megatron_glmv.data.packing import pack_lengths
-from megatron_glmv.data.picture_files import PictureError, prepare_picture
+from megatron_glmv.data.picture_files import PictureError, convert_picture
 from megatron_glmv.data.sample import SampleError
 from megatron_glmv.data.shards import ShardWriter
 from megatron_glmv.sequence.packed import Document
@@ -250,12 +250,10 @@ def _read_medium(medium: PackedMedium) -> Picture | Clip:
     data = read_bytes(MediaRef("video" if medium.kind == "video" else "image", medium.name, medium.place))
     if medium.kind == "video":
         return Clip(data, medium.extension, medium.height, medium.width, medium.frame_indices)
-    if medium.is_converted:
+    if medium.converted:
         try:
-            picture = prepare_picture(data, medium.extension)
+            data = convert_picture(data)
         except PictureError as error:
             raise Fault("image_broken", f"{medium.name}: {error}") from None
-        if (picture.height, picture.width) != (medium.height, medium.width):
-            raise Fault("image_broken", f"{medium.name}: not of the size that its header says")
-        return picture
+        return Picture(data, "png", medium.height, medium.width)
     return Picture(data, medium.extension, medium.height, medium.width, medium.orientation)

@@ -28,7 +28,7 @@ from megatron_glmv.data.shards import ShardReader
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 Floats = npt.NDArray[np.float64]
 
@@ -156,7 +156,6 @@ def draw(sets: Sequence[Counted], path: Path) -> None:
         most = max(float(counted.patches.max()) for counted in sets)
         emptiest = min(float(counted.fill.min()) for counted in sets)
         _histogram(axes[0, 0], sets, "lengths", _log_edges(np.array([shortest, longest])), "length of documents", "tokens")
-        axes[0, 0].set_xscale("log")
         _histogram(
             axes[0, 1], sets, "fill", np.linspace(min(0.9, emptiest), 1, BINS + 1), "fill of rows", "useful tokens / row"
         )
@@ -168,7 +167,7 @@ def draw(sets: Sequence[Counted], path: Path) -> None:
         _draw_shares(axes[1, 1], sets)
         _draw_modalities(axes[1, 2], sets)
         axes[0, 0].legend(frameon=False, loc="upper left")
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, format="png", pad_inches=0.2, bbox_inches="tight")
         plt.close(figure)
 
 
@@ -179,9 +178,13 @@ def _histogram(axis: Axes, sets: Sequence[Counted], name: str, edges: Floats, ti
         axis.stairs(counts, edges, color=colour, linewidth=1.4, fill=False, label=counted.name)
         axis.stairs(counts, edges, color=colour, alpha=0.15, fill=True)
         axis.axvline(float(np.median(values)), color=colour, linewidth=0.8, linestyle=":")
+    if name == "lengths":
+        axis.set_xscale("log")
     axis.set_title(f"{title}, median dotted")
     axis.set_xlabel(unit)
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if name == "patches":
+        axis.xaxis.set_major_locator(MaxNLocator(5))
     if name in ("lengths", "patches"):
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 

@@ -91,7 +91,9 @@ def check_medium(ref: MediaRef, data: bytes, check: Check) -> Medium:
     extension = sniff(data)
     named = ref.name.rpartition(".")[2].lower() if "." in ref.name else ""
     if EXTENSIONS.get(extension) != ref.kind:
-        raise Fault("media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'} where a {ref.kind} should be")
+        raise Fault(
+            "media_wrong_type", f"{ref.name}: {extension or 'an unknown kind of file'}, not the {ref.kind} that it should be"
+        )
     misnamed = named in EXTENSIONS and SAME.get(named, named) not in (SAME.get(extension, extension), "")
     if check == "none":
         return Medium(ref.kind, data, extension, was_misnamed=misnamed)
@@ -151,6 +153,8 @@ def _look_at_video(name: str, data: bytes, check: Check) -> tuple[int, int, tupl
 def _sample_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[Image.Image]:
     """Frames at even distances, each the first that decodes behind the nearest key frame before its time."""
     duration = stream.duration or 0
+    if not duration and container.duration and stream.time_base:  # Matroska gives the length of the whole only
+        duration = int(container.duration / (av.time_base * stream.time_base))
     for number in range(VIDEO_FRAMES if duration else 1):
         target = (stream.start_time or 0) + duration * (2 * number + 1) // (2 * VIDEO_FRAMES)
         if duration:

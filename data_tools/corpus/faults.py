@@ -32,6 +32,11 @@ FAULTS = {
     "image_bomb": "a picture that claims more pixels than the loader decodes",
     "image_too_narrow": "a picture or video whose sides differ by more than the model's processor takes",
     "image_broken": "a picture that does not decode to its end",
+    "caption_refused": "the served model refuses the request for this sample (an HTTP status of 400 to 499)",
+    "caption_empty": "the served model's answer holds no text, or was cut at the limit of tokens",
+    "glyphs_missing": "no font has every character of the text",
+    "background_broken": "a background picture that does not decode",
+    "size_differs": "the boxes are for a picture of another size",
     "video_broken": "a video without a decodable video stream",
 }
 """Reason code -> what it means."""

@@ -264,9 +264,10 @@ class Job:
         for path in (*self.partial.glob("part-*-of-*.json"), *self.partial.glob("*.tmp*")):
             path.unlink(missing_ok=True)
         write_json(self.partial / REPORT, report)
-        (self.partial / SETTINGS).unlink(missing_ok=True)
+        # Behind the rename: a folder without settings would be taken for one of another tool after a kill.
         self.partial.rename(self.out)
-        (self.out / LOCK).unlink(missing_ok=True)
+        for name in (SETTINGS, LOCK):
+            (self.out / name).unlink(missing_ok=True)
         return report
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:

@@ -42,6 +42,15 @@ def list_runs(path: Path, size: int) -> Iterator[tuple[int, int, int]]:
 
 def read_run(path: Path, first: int, count: int, start: int, roots: Sequence[Path], label: str) -> Iterator[Record | Dropped]:
     """The samples of a run of lines; blank lines are passed over."""
+    for source, offset, line in read_lines(path, first, count, start, label):
+        if isinstance(line, Dropped):
+            yield line
+        else:
+            yield _read_line(line, source, Place("line", str(path), offset, len(line)), roots)
+
+
+def read_lines(path: Path, first: int, count: int, start: int, label: str) -> Iterator[tuple[str, int, bytes | Dropped]]:
+    """The lines of a run: what each is called, its first byte, its bytes; blank lines are passed over."""
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -52,11 +61,11 @@ def read_run(path: Path, first: int, count: int, start: int, roots: Sequence[Pat
                 if len(line) > MAX_LINE:
                     while line and not line.endswith(b"\n"):
                         line = file.readline(BLOCK)
-                    yield Dropped(source, source, "line_too_long", f"more than {MAX_LINE} bytes")
+                    yield source, offset, Dropped(source, source, "line_too_long", f"more than {MAX_LINE} bytes")
                 elif line.strip():
-                    yield _read_line(line, source, Place("line", str(path), offset, len(line)), roots)
+                    yield source, offset, line
     except OSError as error:
-        yield Dropped(label, label, "file_unreadable", str(error))
+        yield label, start, Dropped(label, label, "file_unreadable", str(error))
 
 
 def _read_line(line: bytes, source: str, holder: Place, roots: Sequence[Path]) -> Record | Dropped:

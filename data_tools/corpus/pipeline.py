@@ -84,6 +84,14 @@ class ScanningTool(Tool, Protocol):
         """Decide from all scans and save it in `folder`; returns entries of the report."""
 
 
+@runtime_checkable
+class FinishingTool(Tool, Protocol):
+    """A tool that adds files of its own once every chunk is written."""
+
+    def finish(self, numbers: Sequence[int], passes: Path, folder: Path) -> dict[str, Any]:
+        """Write them into `folder`, from what the tool left in the folders of the passes; returns entries of the report."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every tool over a corpus is told.
@@ -232,6 +240,8 @@ def run_tool(tool: Tool, job: Job, chunks: Sequence[Source], settings: Settings)
             return finished
         if not scans:
             _write_without_duplicates(tool, job, chunks, settings)
+        if isinstance(tool, FinishingTool):
+            extra = extra | tool.finish([chunk.number for chunk in chunks], job.partial, job.partial)
         return job.finish([SCAN, WRITE] if scans else [WRITE], chunks, extra)
 
 

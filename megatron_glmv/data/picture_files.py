@@ -53,14 +53,14 @@ class PictureHeader:
         height: pixels, turned.
         width: pixels.
         orientation: EXIF's number of the turn that the loader applies, 1 for none.
-        is_converted: DALI would give other pixels: `convert_picture` makes what is packed.
+        converted: DALI would give other pixels: `convert_picture` makes what is packed.
         form: of the file, as Pillow calls it, in small letters.
     """
 
     height: int
     width: int
     orientation: int = 1
-    is_converted: bool = False
+    converted: bool = False
     form: str = ""
 
 
@@ -125,7 +125,7 @@ def prepare_picture(data: bytes, extension: str, *, upright: bool = True) -> Pic
         PictureError: as `read_picture_header` and `convert_picture`.
     """
     header = read_picture_header(io.BytesIO(data), upright=upright)
-    if header.is_converted:
+    if header.converted:
         return Picture(convert_picture(data, upright=upright), "png", header.height, header.width)
     return Picture(data, extension, header.height, header.width, header.orientation)
 
