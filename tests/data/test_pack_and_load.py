@@ -16,7 +16,8 @@ from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.data.shards import ShardReader
 from megatron_glmv.data.videos import read_video_header
-from megatron_glmv.sequence.patches import join_frames, normalize_patches
+from megatron_glmv.model.inputs import make_inputs
+from megatron_glmv.sequence.patches import normalize_patches
 from tests.data.clips import clip, clips
 from tests.data.pictures import draw, encode, rotated_exif
 from tests.data.processor import write_processor
@@ -85,7 +86,8 @@ def test_a_step_holds_what_transformers_makes_of_the_files(packed: Path, torchvi
     assert row.frames.tolist() == [
         [rows, columns] for count, rows, columns in (grid.tolist() for grid in grids) for _ in range(count)
     ]
-    ours = normalize_patches(join_frames(row.patches, row.frames, row.moving), torch.float32)
+    inputs = make_inputs(row, ModelConfig(preset="digits").shape, torch.device("cpu"))
+    ours = normalize_patches(inputs.vision.patches[: row.num_patches], torch.float32)
     moving = torch.repeat_interleave(row.moving, row.frames.prod(1))
     assert torch.equal(ours[moving], theirs["pixel_values_videos"])
     assert torch.equal(ours[~moving], theirs["pixel_values"])
