@@ -28,7 +28,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_glmv", "megatron_glmv.*", "data_tools", "data_tools.*"]),
-    package_data={"megatron_glmv.config": ["presets/*.json"]},
+    package_data={"megatron_glmv.config": ["presets/*.json"], "data_tools": ["page.css", "page.js"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core==0.16.1",
@@ -36,6 +36,7 @@ setup(
         "PyYAML",
         "numpy",
         "pillow",
+        "av",
         "psutil",
         "safetensors",
         "transformers>=5.23",

@@ -21,6 +21,8 @@ TOOLS = {
     "render-ocr": ("data_tools.render_ocr", "render text pages over backgrounds, with the boxes of their lines"),
     "grounding": ("data_tools.grounding", "turn boxes into samples in GLM's per-mille convention"),
     "pack": ("data_tools.pack", "tokenise, measure and pack samples into rows of equal length"),
+    "inspect": ("data_tools.inspect_rows", "show packed rows as a page, and lint them"),
+    "stats": ("data_tools.stats", "draw histograms of packed data sets"),
 }
 """Tool name -> (module with add_arguments and run, one line of help)."""
 
@@ -30,6 +32,8 @@ example:
   glmv-data digits runs/digits/raw --train 16000 --eval 480
   glmv-data train-tokenizer runs/digits/processor --input runs/digits/raw/train.jsonl --min-pixels 1568
   glmv-data pack runs/digits/raw/train.jsonl runs/digits/train --processor runs/digits/processor --length 1024
+  glmv-data inspect runs/digits/train --out runs/digits/rows.html
+  glmv-data stats runs/digits/train --out runs/digits/stats
 """
 
 

@@ -31,6 +31,7 @@ FAULTS = {
     "media_too_large": "a picture or video of more bytes than the limit",
     "media_wrong_type": "the bytes are of no kind that the loader reads, or a video stands where a picture should",
     "image_bomb": "a picture that claims more pixels than the loader decodes",
+    "image_too_narrow": "a picture or video whose sides differ by more than the model's processor takes",
     "image_broken": "a picture that does not decode to its end",
     "caption_refused": "the served model refuses the request for this sample (an HTTP status of 400 to 499)",
     "caption_empty": "the served model's answer holds no text, or was cut at the limit of tokens",
