@@ -81,8 +81,8 @@ class Rules:
         if long > self.max_aspect * short:
             return "image_aspect", f"{medium.width} x {medium.height}"
         if medium.previews:
-            pixels = [np.asarray(preview).reshape(-1, 3) for preview in medium.previews]
-            contrast = max(int((frame.max(0).astype(int) - frame.min(0)).max()) for frame in pixels)
+            extremes = [np.asarray(preview.getextrema()) for preview in medium.previews]
+            contrast = max(int((pairs[:, 1] - pairs[:, 0]).max()) for pairs in extremes)
             if contrast < self.min_contrast:
                 return "image_solid", f"contrast {contrast}"
         return None

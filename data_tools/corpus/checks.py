@@ -3,7 +3,9 @@
 The kind is taken from the bytes, as the loader takes it; a picture with the wrong extension is kept and gets the right one. A
 decoded picture leaves a small preview, which is all that scorers and hashes look at, so no tool decodes a second time.
 
-Source: the kinds are those that nvidia-dali 2.4.0 decodes; the limit on pixels is Pillow 13.0.0's DecompressionBombError.
+Source: the kinds are those that nvidia-dali 2.4.0 decodes, and GIF, AVIF and JPEG 2000, which packing converts; pictures are
+turned upright as transformers 5.23.0 does (image_utils.py, load_image); the limit on pixels is Pillow 13.0.0's
+DecompressionBombError.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Literal
 
 import av
 import av.logging
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import Kind, MediaRef, Record
@@ -31,6 +33,10 @@ VIDEO_FRAMES = 4
 Check = Literal["decode", "headers", "none"]
 SAME = {"jpeg": "jpg", "tif": "tiff", "mov": "mp4", "webm": "mkv", "img": ""}
 """Extensions that say the same."""
+STARTS = (
+    ("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("bmp", b"BM"), ("gif", b"GIF8"), ("tiff", b"II*\x00"),
+    ("tiff", b"MM\x00*"), ("jp2", b"\x00\x00\x00\x0cjP  "), ("mkv", b"\x1aE\xdf\xa3"),
+)  # fmt: skip
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 av.logging.set_level(None)
@@ -45,7 +51,7 @@ class Medium:
         data: its bytes, untouched.
         extension: by its bytes.
         width: pixels, 0 when it was not looked at.
-        height: pixels, EXIF orientation not applied.
+        height: pixels; of a picture upright, its EXIF orientation applied.
         previews: small RGB pictures: one of a picture, up to four of a video; none when it was not decoded.
         was_misnamed: its name has the extension of another kind.
     """
@@ -106,14 +112,13 @@ def check_medium(ref: MediaRef, data: bytes, check: Check) -> Medium:
 
 def sniff(data: bytes) -> str:
     """The extension of the kind of file that starts with these bytes; empty for one that the loader does not read."""
-    for extension, start in (("jpg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n\x1a\n"), ("bmp", b"BM"), ("tiff", b"II*\x00"),
-                             ("tiff", b"MM\x00*"), ("mkv", b"\x1aE\xdf\xa3")):  # fmt: skip
+    for extension, start in STARTS:
         if data.startswith(start):
             return "webm" if extension == "mkv" and b"webm" in data[:64] else extension
     if data[:4] == b"RIFF":
         return {b"WEBP": "webp", b"AVI ": "avi"}.get(data[8:12], "")
-    if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"):
-        return "mp4"
+    if data[4:8] == b"ftyp":
+        return {b"avif": "avif"}.get(data[8:12], "" if data[8:12] in (b"avis", b"heic", b"heix", b"mif1", b"msf1") else "mp4")
     return ""
 
 
@@ -123,9 +128,13 @@ def _look_at_picture(name: str, data: bytes, check: Check) -> tuple[int, int, tu
             width, height = picture.size
             _check_size(name, width, height)
             if check == "headers":
-                return width, height, ()
+                # Of a PNG without EXIF data at its start Pillow would decode the pixels to look behind them.
+                has_exif = picture.format in ("JPEG", "WEBP") or "exif" in picture.info
+                turned = has_exif and picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                return (height, width, ()) if turned else (width, height, ())
             picture.load()
-            return width, height, (shrink(picture),)
+            ImageOps.exif_transpose(picture, in_place=True)
+            return picture.width, picture.height, (shrink(picture),)
     except Fault:
         raise
     except Image.DecompressionBombError as error:

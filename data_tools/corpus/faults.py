@@ -6,6 +6,7 @@ A fault is bad input: it counts against the limit at which a job stops. A reject
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 
 FAULTS = {
@@ -77,7 +78,8 @@ class Fault(ValueError):
     def __init__(self, reason: str, detail: str = "", key: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
-        self.detail = detail[:300]
+        # Addresses of objects in messages of libraries differ between runs.
+        self.detail = re.sub(r"<\S+ object at 0x[0-9a-f]+>", "it", detail)[:300]
         self.key = key
 
     def dropped(self, source: str, key: str = "") -> Dropped:

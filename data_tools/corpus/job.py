@@ -176,7 +176,8 @@ class Job:
         except (OSError, ValueError):
             raise CorpusError(f"{self.out}: exists and is no output of this tool; remove it or choose another OUT") from None
         self._check(self.out, report)
-        (self.out / LOCK).unlink(missing_ok=True)
+        for name in (SETTINGS, LOCK):
+            (self.out / name).unlink(missing_ok=True)
         return report | {"reused": True}
 
     def run_pass(self, name: str, chunks: Sequence[C], work: Work[C]) -> bool:

@@ -19,7 +19,7 @@ from data_tools.corpus.media import Kind, MediaRef, Place, Record, read_bytes
 from data_tools.corpus.record import build_record, parse_json
 
 EXTENSIONS: dict[str, Kind] = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "img"), get_args(Kind)[0]),
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "jp2", "img"), get_args(Kind)[0]),
     **dict.fromkeys(("mp4", "mkv", "webm", "mov", "avi"), get_args(Kind)[1]),
 }
 TEXTS = ("txt", "caption", "text")

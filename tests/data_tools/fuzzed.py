@@ -63,10 +63,10 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             tar.addfile(info, io.BytesIO(data))
 
 
-GOOD = 14
+GOOD = 15
 """Samples of the fuzzed corpus that can be used."""
 FAULTS = {
-    "image_broken": 2, "media_empty": 2, "media_wrong_type": 2, "image_bomb": 2, "text_not_a_string": 1, "tar_broken": 2,
+    "image_broken": 3, "media_empty": 2, "media_wrong_type": 2, "image_bomb": 2, "text_not_a_string": 1, "tar_broken": 2,
     "key_duplicate": 3, "name_outside": 4, "media_missing": 1, "json_invalid": 2, "sample_invalid": 2, "media_remote": 1,
     "text_not_unicode": 1, "media_data_uri": 1, "video_broken": 1, "member_duplicate": 1, "member_not_a_file": 1,
     "parquet_broken": 1, "media_without_placeholder": 1, "placeholder_without_media": 1,
@@ -83,7 +83,8 @@ def write_fuzzed(folder: Path) -> Path:
     for seed in range(6):
         (root / "i" / f"{seed}.jpg").write_bytes(jpeg(seed))
     files = {"cut.jpg": jpeg(7)[: len(jpeg(7)) // 2], "empty.mp4": b"", "page.jpg": b"<html>404</html>", "bomb.png": bomb(),
-             "really.png": jpeg(8), "clip.mp4": clip(0), "cut.mp4": clip(1)[:200], "film.jpg": clip(2)}  # fmt: skip
+             "really.png": jpeg(8), "clip.mp4": clip(0), "cut.mp4": clip(1)[:200], "film.jpg": clip(2),
+             "head.jpg": jpeg(9)[:20]}  # fmt: skip
     for name, data in files.items():
         (root / "i" / name).write_bytes(data)
     ask = [{"type": "video", "video": "i/clip.mp4"}, {"type": "text", "text": "What?"}]
@@ -93,9 +94,11 @@ def write_fuzzed(folder: Path) -> Path:
     lines = [
         *(pair(f"good-{seed}", f"i/{seed}.jpg", score=float("nan")) for seed in range(6)),
         pair("misnamed", "i/really.png"),
+        pair("../../evil", "i/../i/5.jpg"),
         {"id": "video", "messages": [{"role": "user", "content": ask}, answer]},
         pair("cut", "i/cut.jpg"),
         {"id": "empty", "video": "i/empty.mp4", "caption": "nothing at all"},
+        pair("head", "i/head.jpg"),
         pair("page", "i/page.jpg"),
         pair("film", "i/film.jpg"),
         pair("bomb", "i/bomb.png"),

@@ -91,6 +91,9 @@ def test_killed_twice_and_continued_gives_the_same_bytes(tool: str, corpus: Path
 def test_parts_make_what_one_run_makes(tool: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(tool, corpus, tmp_path / "once", "--workers", "1")) == 0
     capsys.readouterr()
+    assert contents(tmp_path / "once")["report.json"]["dropped"]["key_duplicate"] == 5
+    lines = [line for path in (tmp_path / "once").glob("samples*") for line in path.read_text().splitlines()]
+    assert len({json.loads(line)["id"] for line in lines}) == len(lines) > 0
     num_passes = 1 if tool == "filter" else 2
     reports = []
     for part in ["0/2", "1/2"] * num_passes:

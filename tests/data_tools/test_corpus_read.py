@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from data_tools.corpus import jsonl
-from data_tools.corpus.faults import Dropped, Fault
+from data_tools.corpus.checks import check_medium
+from data_tools.corpus.faults import FAULTS, Dropped, Fault
 from data_tools.corpus.formats import draft_sample
-from data_tools.corpus.media import MediaRef, Record
+from data_tools.corpus.media import MediaRef, Place, Record
 from data_tools.corpus.reader import CorpusError, list_chunks, read_media
+from tests.data.pictures import draw, encode, rotated_exif
 from tests.data_tools.fuzzed import clip, jpeg, write_tar
 
 URI = "data:image/jpeg;base64," + base64.b64encode(jpeg(0)).decode()
@@ -162,3 +166,55 @@ def test_media_may_lie_under_a_further_root(tmp_path: Path) -> None:
     assert [type(record) for record in read_all(tmp_path / "texts")] == [Dropped, Dropped]
     (chunk,) = list_chunks([tmp_path / "texts"], media_roots=[tmp_path / "media"])
     assert [type(record) for record in chunk.read()] == [Record, Record]
+
+
+def test_pictures_are_measured_upright_as_the_loader_turns_them() -> None:
+    turned = {form: encode(draw(60, 100), form, exif=rotated_exif()) for form in ("JPEG", "PNG", "WEBP", "TIFF")}
+    plain = {form: encode(draw(60, 100), form) for form in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "BMP")}
+    for check in ("decode", "headers"):
+        for form, data in (*turned.items(), *plain.items()):
+            medium = check_medium(MediaRef("image", form, Place("file", form)), data, check)
+            size = (60, 100) if data is turned.get(form) else (100, 60)
+            assert (medium.width, medium.height) == size, (form, check)
+            assert [preview.size for preview in medium.previews] == ([size] if check == "decode" else [])
+
+
+@pytest.mark.parametrize("form", ["mp4", "mkv"])
+def test_frames_of_a_video_are_spread_over_it(form: str) -> None:
+    data = clip(3, frames=16, form=form)
+    medium = check_medium(MediaRef("video", f"a.{form}", Place("file", "a")), data, "decode")
+    assert (medium.width, medium.height, medium.extension) == (128, 112, form)
+    assert len(medium.previews) == 4
+    wide = draw(112, 128 + 64, 3).astype(float)
+    offsets = []
+    for preview in medium.previews:
+        pixels = np.asarray(preview, dtype=float)
+        errors = [np.abs(pixels - wide[:, start : start + 128]).mean() for start in range(0, 61, 4)]
+        offsets.append(int(np.argmin(errors)))
+    assert offsets == [2, 6, 10, 14]
+
+
+def test_a_damaged_header_in_a_tar_is_not_taken_for_its_end(tmp_path: Path) -> None:
+    members = [(f"k{number}.{kind}", data) for number in range(4) for kind, data in (("jpg", jpeg(number)), ("txt", b"a text"))]
+    write_tar(tmp_path / "a.tar", members)
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        header = tar.getmember("k2.jpg").offset
+        end = max(member.offset_data + member.size for member in tar.getmembers())
+    data[header : header + 512] = b"\x5a" * 512
+    (tmp_path / "a.tar").write_bytes(data)
+    *good, last = read_all(tmp_path)
+    assert [record.sample.key for record in good if isinstance(record, Record)] == ["k0", "k1"]
+    assert isinstance(last, Dropped)
+    assert (last.reason, last.detail) == ("tar_broken", f"the header at byte {header} is damaged")
+    write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: -(-end // 512) * 512])
+    *good, last = read_all(tmp_path)
+    assert len(good) == 4
+    assert isinstance(last, Dropped)
+    assert last.detail == "ends without the blocks that end a tar"
+
+
+def test_every_fault_is_explained_in_the_documentation() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [code for code in FAULTS if f"`{code}`" not in text] == []

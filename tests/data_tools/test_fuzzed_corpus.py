@@ -81,6 +81,8 @@ def test_every_fault_is_named_and_nothing_is_written_elsewhere(
     assert report["kept"] == GOOD
     assert report["misnamed"] == MISNAMED
     assert all(entry["source"] and entry["key"] for entry in dropped)
+    assert cli.main([tool, str(base / "corpus"), str(tmp_path / "twice"), *own, *frame]) == 0
+    assert contents(tmp_path / "twice") == contents(out)
     # What one tool wrote, another reads without a fault.
     again = ["filter", str(out), str(tmp_path / "again"), *frame]
     assert cli.main(again) == 0
