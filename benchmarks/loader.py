@@ -85,8 +85,7 @@ def _measure(work: Path, num_pictures: int, rounds: int, cores: int) -> int:
         "pictures_s": {name: round(rate, 1) for name, rate in rates.items()},
         "times_bare": round(statistics.median(pairs), 2),
         "bytes_a_picture": bytes_a_picture(files),
-        "hidden": {kind: round(statistics.median(hidden_share(work / "rows", num_pictures, cores, kind) for _ in range(3)), 2)
-                   for kind in ("idle core", "busy core")},
+        "hidden": {kind: _median_hidden(work / "rows", num_pictures, cores, kind, rounds) for kind in ("idle core", "busy core")},
         "pictures": num_pictures, "rounds": rounds, "cores": cores,
     }  # fmt: skip
     missed = [] if report["times_bare"] >= BARE_GATE else ["bare"]
@@ -212,6 +211,10 @@ def bytes_a_picture(files: list[Path]) -> dict[str, int]:
         with Image.open(path) as image:
             total += image_grid(image.height, image.width, limits).num_patches * 3 * 14 * 14
     return {"loader": total // len(files), "float32": 8 * total // len(files)}
+
+
+def _median_hidden(folder: Path, num_pictures: int, cores: int, kind: str, rounds: int) -> float:
+    return round(statistics.median(hidden_share(folder, num_pictures, cores, kind) for _ in range(rounds)), 2)
 
 
 def hidden_share(folder: Path, num_pictures: int, cores: int, kind: str) -> float:

@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from data_tools.corpus.job import Tally, chunk_path
 from data_tools.corpus.media import MediaRef, Place, Record
 from data_tools.corpus.reader import Chunk
 from data_tools.headers import PackedMedium, plan_medium
-from megatron_glmv.data.chat import Chat
+from megatron_glmv.data.chat import Chat, Thinking
 from megatron_glmv.data.sample import Sample, SampleError
 from megatron_glmv.data.videos import VideoPlan
 from megatron_glmv.sequence.grid import Grid
@@ -53,14 +53,16 @@ class Measuring:
     Attributes:
         processor: folder with tokenizer, template and image settings.
         decode: decode every picture fully, not only its header.
+        thinking: what becomes of think blocks.
     """
 
     processor: Path
     decode: bool = False
+    thinking: Thinking = field(default_factory=Thinking)
 
     def __call__(self, chunk: Chunk, folder: Path) -> Tally:
         """Measure the samples of a chunk and save the result in `folder`."""
-        chat = _load_chat(self.processor)
+        chat = _load_chat(self.processor, self.thinking)
         dropped: list[Dropped] = []
         with chunk_path(folder, chunk.number, "media.bin").open("wb") as spill:
             batches = list(self._measure(chunk, chat, spill, dropped))
@@ -213,7 +215,7 @@ def _digest(sample: Measured) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _load_chat(folder: Path) -> Chat:
+def _load_chat(folder: Path, thinking: Thinking) -> Chat:
     # There is a process for every core already.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return Chat(folder)
+    return Chat(folder, thinking)

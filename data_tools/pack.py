@@ -15,7 +15,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from data_tools.corpus.job import REPORT, SETTINGS, Job, Part, chunk_path, write
 from data_tools.corpus.reader import list_chunks, list_files
 from data_tools.measure import Measuring
 from data_tools.pack_rows import RowPacking, RowSettings, Share
+from megatron_glmv.data.chat import Thinking
 from megatron_glmv.data.index import COLUMNS, PackedIndex, ShardError, join_indexes, write_index
 
 MEASURED, ROWS = "measured", "rows"
@@ -44,7 +45,8 @@ from their headers), packs them into rows of --length tokens that cost alike, an
 INPUT: .jsonl files with media beside them, WebDataset tars, Parquet files, or folders of these. A sample is
 {"id": ..., "messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "..."}]},
 {"role": "assistant", "content": "..."}]}, or has LLaVA's or OpenAI's form. Paths are relative to the file's folder.
-The assistant's turns and the tokens that end them are trained. EXIF orientation is applied.
+The assistant's turns and the tokens that end them are trained; think blocks of earlier turns are taken out, and what lost
+its own is not trained. EXIF orientation is applied.
 
 A sample that cannot be used is dropped; too many of them stop the tool (--max-bad-share). A sample that exceeds a row stops
 it before anything is written, unless --skip-long. The work lies in OUT.partial, which becomes OUT at the end: a run that was
@@ -60,6 +62,7 @@ class Plan:
         inputs: corpus files and folders.
         rows: what the rows are packed for.
         decode: decode every picture fully to check it.
+        thinking: what becomes of think blocks.
         media_roots: further folders under which samples may name files.
         max_bad_share: share of samples that cannot be used above which the run stops.
     """
@@ -69,6 +72,7 @@ class Plan:
     decode: bool = False
     media_roots: tuple[Path, ...] = ()
     max_bad_share: float = 0.05
+    thinking: Thinking = field(default_factory=Thinking)
 
     def measuring(self) -> dict[str, Any]:
         """What measured samples depend on: the files by name, size and time, the processor by its contents."""
@@ -78,6 +82,7 @@ class Plan:
             "inputs": [[label, stat.st_size, stat.st_mtime_ns] for label, stat in stats.items()],
             "processor": {path.name: zlib.crc32(path.read_bytes()) for path in files},
             "decode": self.decode,
+            "thinking": asdict(self.thinking),
         }
 
     def settings(self, num_parts: int = 1) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def pack_samples(plan: Plan, out: Path, num_workers: int = 0, part: Part | None 
     if done is not None:
         return done
     chunks = list_chunks(plan.inputs, media_roots=plan.media_roots)
-    job.run_pass(MEASURED, chunks, Measuring(plan.rows.processor, plan.decode))
+    job.run_pass(MEASURED, chunks, Measuring(plan.rows.processor, plan.decode, plan.thinking))
     width = len(str(part.count - 1))
     shares = [
         Share(number, tuple(range(number, len(chunks), part.count)), f"{number:0{width}d}-" if part.count > 1 else "")
@@ -204,6 +209,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="decode every picture to check it; takes hours for millions")
     parser.add_argument("--max-bad-share", type=float, default=0.05, metavar="X",
                         help="stop when more than this share of samples cannot be used (default %(default)s)")  # fmt: skip
+    parser.add_argument("--keep-thinking", action="store_true", help="keep the think blocks of turns before the last question")
     parser.add_argument("--skip-long", action="store_true", help="leave out samples that exceed a row instead of stopping")
 
 
@@ -216,5 +222,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--length at least 8, --align, --patches and --shard-mib at least 1, --workers and --seed at least 0")
     rows = RowSettings(args.processor, args.length, args.align, args.patches, args.seed, args.model, args.skip_long,
                        args.shard_mib)  # fmt: skip
-    plan = Plan(tuple(inputs), rows, args.decode, tuple(args.media_root), args.max_bad_share)
+    plan = Plan(
+        tuple(inputs), rows, args.decode, tuple(args.media_root), args.max_bad_share, Thinking(keep_earlier=args.keep_thinking)
+    )
     print(json.dumps(pack_samples(plan, out, args.workers, args.part)))

@@ -130,6 +130,9 @@ def check_compatible(index: PackedIndex, where: str, shape: ModelShape, *, seque
     if index.vocab_size > shape.text.vocab_size:
         raise ShardError(f"{where}: packed with a vocabulary of {index.vocab_size}, the model has {shape.text.vocab_size}; "
                          "pack again with the model's processor")  # fmt: skip
+    if shape.vision.temporal_patch_size != 2:
+        raise ShardError(f"{where}: rows hold two frames of a video for each patch, the model takes "
+                         f"{shape.vision.temporal_patch_size}; only temporal_patch_size 2 can be trained")  # fmt: skip
     pairs = {
         "image token": (index.tokens.image, shape.tokens.image),
         "pad token": (index.tokens.pad, shape.tokens.pad),

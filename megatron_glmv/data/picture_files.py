@@ -13,7 +13,7 @@ import io
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from megatron_glmv.data.media import MAX_PIXELS, Picture
 
@@ -26,12 +26,19 @@ KEPT = {
     "TIFF": ("L", "RGB"),
 }
 """Formats and modes that DALI decodes to Pillow's pixels; all else is converted."""
+Image.init()
+FORMATS = tuple(form for form in (*KEPT, "GIF", "AVIF", "JPEG2000", "PPM", "ICO") if form in Image.OPEN)
+"""Formats that Pillow may take a file for, some of which it would otherwise hand to other programs."""
 PNG_SIGNATURE, PNG_DEPTH = 8, 24
 """Bytes of a PNG before its chunks, and the one that holds its bits a channel."""
 
 
 class PictureError(ValueError):
     """A picture that cannot be read; the message says why, and not which."""
+
+
+class NoPictureError(PictureError):
+    """Something else than a picture."""
 
 
 class BombError(PictureError):
@@ -47,12 +54,14 @@ class PictureHeader:
         width: pixels.
         orientation: EXIF's number of the turn that the loader applies, 1 for none.
         converted: DALI would give other pixels: `convert_picture` makes what is packed.
+        form: of the file, as Pillow calls it, in small letters.
     """
 
     height: int
     width: int
     orientation: int = 1
     converted: bool = False
+    form: str = ""
 
 
 def read_picture_header(file: BinaryIO, *, upright: bool = True) -> PictureHeader:
@@ -63,26 +72,29 @@ def read_picture_header(file: BinaryIO, *, upright: bool = True) -> PictureHeade
         upright: turn it by its EXIF orientation, as transformers does with a path or address; else take it as it is stored.
 
     Raises:
-        PictureError: no picture that Pillow reads.
+        NoPictureError: nothing that Pillow takes for a picture of FORMATS.
+        PictureError: a damaged header.
         BombError: one of more than MAX_PIXELS.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             orientation = _orientation(image, file)
             is_kept = image.mode in KEPT.get(image.format or "", ()) and not _differs(image, file, orientation)
-            is_turned_by_pillow = image.format == "TIFF"
+            form = image.format or ""
+    except UnidentifiedImageError:
+        raise NoPictureError("no picture") from None
     except Image.DecompressionBombError as error:
         raise BombError(str(error)) from None
     except Exception as error:  # noqa: BLE001  (Pillow's readers raise whatever their parser raises on broken bytes)
         raise PictureError(str(error) or type(error).__name__) from None
     if width * height > MAX_PIXELS:
         raise BombError(f"{height} x {width} pixels are over the limit of {MAX_PIXELS}")
-    if not upright or is_turned_by_pillow:
+    if not upright or form == "TIFF":
         orientation = 1
     if orientation >= 5:
         height, width = width, height
-    return PictureHeader(height, width, orientation if is_kept else 1, not is_kept)
+    return PictureHeader(height, width, orientation if is_kept else 1, not is_kept, form.lower())
 
 
 def convert_picture(data: bytes, *, upright: bool = True) -> bytes:
@@ -92,7 +104,7 @@ def convert_picture(data: bytes, *, upright: bool = True) -> bytes:
         PictureError: the picture is damaged.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             pixels = (ImageOps.exif_transpose(image) if upright else image).convert("RGB")
     except Exception as error:  # noqa: BLE001  (as above)
         raise PictureError(str(error) or type(error).__name__) from None

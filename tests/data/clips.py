@@ -53,6 +53,9 @@ def clips() -> dict[str, bytes]:
         "mp4-h264-open-gop": clip(options=(("x264-params", "open-gop=1:bframes=3:scenecut=0"),)),
         "mkv-h264": clip(form="matroska"),
         "webm-vp9": clip(codec="libvpx-vp9", form="webm", options=(("cpu-used", "8"), ("deadline", "realtime"))),
+        "webm-vp9-hidden-frames": clip(
+            codec="libvpx-vp9", form="webm", options=(("auto-alt-ref", "1"), ("lag-in-frames", "16"))
+        ),
         "mp4-h265": clip(codec="libx265", options=(("x265-params", "log-level=none:pools=1"),)),
         "mp4-mpeg4": clip(codec="mpeg4"),
         "mp4-30000/1001": clip(50, fps=Fraction(30000, 1001)),

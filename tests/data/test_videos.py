@@ -23,6 +23,7 @@ from megatron_glmv.data.videos import (
     plan_video,
     read_video_header,
     sample_frames,
+    write_seconds,
 )
 from megatron_glmv.sequence.grid import PixelLimits, image_grid
 from megatron_glmv.sequence.positions import multimodal_positions
@@ -147,6 +148,12 @@ def test_the_text_of_a_video(folder: Path, family: str) -> None:
     times = ("0", "1", "2<|end_of_video|>") if family == "Glm4v" else tenths
     assert text.startswith("[gMASK]<sop><|user|>\n<|begin_of_video|>" + "".join(frame + time for time in times))
     assert text.endswith("<|end_of_video|><|assistant|>\n4 0<|endoftext|>")
+
+
+def test_seconds_are_written_as_the_processor_writes_them(family: str, processor: Any) -> None:
+    for seconds in (0.0, 0.04, 0.05, 0.25, 0.35, 0.999, 1.0, 1.5, 2.96, 59.95, 61.07, 299.999, 3599.5):
+        theirs = processor.replace_frame_token_id(seconds, num_image_tokens=0).rpartition("<|end_of_image|>")[2]
+        assert write_seconds(seconds, FAMILIES[family].seconds) == theirs
 
 
 def test_videos_that_do_not_match_the_sample_are_refused(folder: Path) -> None:
