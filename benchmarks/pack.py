@@ -147,16 +147,19 @@ def run_tool(count: int, folder: Path, processor: Path, length: int) -> None:
     """Time `glmv-data pack` on a corpus of files and print what a million samples would take."""
     if not (folder / "raw").exists():
         write_corpus(folder / "raw", count)
-    shutil.rmtree(folder / "rows", ignore_errors=True)
+    for old in ("rows", "rows.partial"):
+        shutil.rmtree(folder / old, ignore_errors=True)
     started = time.monotonic()
     command = [sys.executable, "-m", "data_tools", "pack", folder / "raw" / "samples.jsonl", folder / "rows", "--processor",
-               processor, "--length", length]  # fmt: skip
+               processor, "--length", length, "--skip-long"]  # fmt: skip
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wall = time.monotonic() - started
     report = json.loads((folder / "rows" / "report.json").read_text(encoding="utf-8"))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, cpu = usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
     size = sum(path.stat().st_size for path in (folder / "rows").glob("*.tar")) / 2**30
-    print(f"{count:,} samples, {report['tokens'] / count:.0f} tokens each: {wall:.1f} s, {wall / count * 1e6:.0f} s a million; "
+    print(f"{count:,} samples, {report['tokens'] / count:.0f} tokens each: {wall:.1f} s, {wall / count * 1e6:.0f} s a million, "
+          f"{cpu / count * 1e6:.0f} core seconds a million; "
           f"worker seconds {report['worker_seconds']}; fill {report['fill']}; {size:.2f} GiB written; "
           f"largest process {peak:.0f} MiB")  # fmt: skip
 

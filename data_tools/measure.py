@@ -112,7 +112,7 @@ def measure_sample(sample: Sample, media: Sequence[MediaRef], chat: Chat) -> Mea
 
 
 class MeasuredChunk:
-    """The result of a chunk: small arrays in memory, tokens, weights and the media's places mapped.
+    """The result of a chunk: small arrays in memory; tokens, weights and media are read sample by sample.
 
     Attributes:
         lengths: [n] tokens of each sample.
@@ -128,7 +128,6 @@ class MeasuredChunk:
             self._ends = arrays["ends"]
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._folder, self._number = folder, number
-        self._arrays: dict[str, npt.NDArray[Any]] = {}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -136,21 +135,24 @@ class MeasuredChunk:
     def entry(self, index: int) -> dict[str, Any]:
         """Key, source, frames and media of a sample as saved."""
         start = int(self._ends[index - 1]) if index else 0
-        return json.loads(self._map("entries.npy")[start : int(self._ends[index])].tobytes())
+        return json.loads(self._read("entries.bin", np.uint8, start, int(self._ends[index])).tobytes())
 
     def sample(self, index: int) -> Measured:
         """A sample; its tokens are read now."""
         entry = self.entry(index)
         start, end = int(self._starts[index]), int(self._starts[index] + self.lengths[index])
-        tokens, weights = (self._map(name)[start:end] for name in ("tokens.npy", "weights.npy"))
+        tokens = self._read("tokens.bin", np.int32, start, end)
+        weights = self._read("weights.bin", np.float32, start, end)
         frames = tuple((rows, columns) for rows, columns in entry["frames"])
         media = tuple(_read_medium(listed, self._folder, self._number) for listed in entry["media"])
         return Measured(Document(tokens, weights, frames, entry["key"]), media, entry["source"])
 
-    def _map(self, name: str) -> npt.NDArray[Any]:
-        if name not in self._arrays:
-            self._arrays[name] = np.load(chunk_path(self._folder, self._number, name), mmap_mode="r")
-        return self._arrays[name]
+    def _read(self, name: str, dtype: type[np.generic], start: int, end: int) -> npt.NDArray[Any]:
+        """Read, not mapped: what rows have touched would stay in memory as long as the window."""
+        size = np.dtype(dtype).itemsize
+        with chunk_path(self._folder, self._number, name).open("rb", buffering=0) as file:
+            file.seek(start * size)
+            return np.frombuffer(file.read((end - start) * size), dtype=dtype)
 
 
 def _encode(planned: Sequence[_Planned], chat: Chat, dropped: list[Dropped]) -> list[Measured]:
@@ -188,9 +190,9 @@ def _save(folder: Path, number: int, measured: Sequence[Measured]) -> None:
                     "media": [asdict(medium) for medium in sample.media]}).encode()
         for sample in measured
     ]  # fmt: skip
-    np.save(chunk_path(folder, number, "tokens.npy"), _join(np.int32, [document.tokens for document in documents]))
-    np.save(chunk_path(folder, number, "weights.npy"), _join(np.float32, [document.loss_weights for document in documents]))
-    np.save(chunk_path(folder, number, "entries.npy"), np.frombuffer(b"".join(entries), dtype=np.uint8))
+    _join(np.int32, [document.tokens for document in documents]).tofile(chunk_path(folder, number, "tokens.bin"))
+    _join(np.float32, [document.loss_weights for document in documents]).tofile(chunk_path(folder, number, "weights.bin"))
+    chunk_path(folder, number, "entries.bin").write_bytes(b"".join(entries))
     np.savez(
         chunk_path(folder, number, SUFFIX),
         lengths=np.array([len(document.tokens) for document in documents], dtype=np.int64),
