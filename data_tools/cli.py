@@ -14,7 +14,15 @@ from collections.abc import Sequence
 TOOLS = {
     "digits": ("data_tools.digits", "compose pictures of real handwritten digits with questions and answers"),
     "train-tokenizer": ("data_tools.train_tokenizer", "train a SentencePiece tokenizer with GLM's special tokens"),
+    "filter": ("data_tools.filter", "drop samples by resolution, contrast, text and relevance"),
+    "dedupe": ("data_tools.dedupe", "drop duplicates and near-duplicates, and what benchmarks contain"),
+    "balance": ("data_tools.balance", "resample by concepts so that common ones do not crowd out rare ones"),
+    "recaption": ("data_tools.recaption", "have a served model rewrite captions"),
+    "render-ocr": ("data_tools.render_ocr", "render text pages over backgrounds, with the boxes of their lines"),
+    "grounding": ("data_tools.grounding", "turn boxes into samples in GLM's per-mille convention"),
     "pack": ("data_tools.pack", "tokenise, measure and pack samples into rows of equal length"),
+    "inspect": ("data_tools.inspect_rows", "show packed rows as a page, and lint them"),
+    "stats": ("data_tools.stats", "draw histograms of packed data sets"),
 }
 """Tool name -> (module with add_arguments and run, one line of help)."""
 
@@ -24,6 +32,8 @@ example:
   glmv-data digits runs/digits/raw --train 16000 --eval 480
   glmv-data train-tokenizer runs/digits/processor --input runs/digits/raw/train.jsonl --min-pixels 1568
   glmv-data pack runs/digits/raw/train.jsonl runs/digits/train --processor runs/digits/processor --length 1024
+  glmv-data inspect runs/digits/train --out runs/digits/rows.html
+  glmv-data stats runs/digits/train --out runs/digits/stats
 """
 
 

@@ -1,212 +1,223 @@
 """The first half of packing: samples to tokens, grids and lengths, chunk by chunk, in as many processes as there are cores.
 
-A chunk is a run of lines of one JSONL file. Its result is one .npz file that appears under its name when it is complete, so an
-interrupted run continues behind the last finished chunk, and no process holds more than a few chunks in memory.
+A chunk's result is a few arrays on disk. Packing reads the small ones (lengths, patches) of very many samples at a time, and
+the tokens of a sample only when its row is written, so memory stays bounded whatever the size of the corpus.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from megatron_glmv.data.chat import Chat
-from megatron_glmv.data.sample import Sample, SampleError, parse_sample
-from megatron_glmv.sequence.grid import Grid, image_grid
+from data_tools.corpus.faults import Dropped, Fault
+from data_tools.corpus.job import Tally, chunk_path
+from data_tools.corpus.media import MediaRef, Place, Record
+from data_tools.corpus.reader import Chunk
+from data_tools.headers import PackedMedium, plan_medium
+from megatron_glmv.data.chat import Chat, Thinking
+from megatron_glmv.data.sample import Sample, SampleError
+from megatron_glmv.data.videos import VideoPlan
+from megatron_glmv.sequence.grid import Grid
 from megatron_glmv.sequence.packed import Document
 
-CHUNK = 1024
-"""Lines of a chunk."""
+BATCH = 256
+"""Samples tokenised together."""
+SUFFIX = "measured.npz"
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """A run of lines of a JSONL file; `number` counts over all files."""
-
-    number: int
-    path: Path
-    first_line: int
-    start_byte: int
-    num_lines: int
-
-
-@dataclass(frozen=True)
-class Measuring:
-    """What the result of measuring depends on, besides the samples.
-
-    Attributes:
-        processor: folder with tokenizer, template and image settings.
-        decode: decode every picture fully, not only its header.
-    """
-
-    processor: Path
-    decode: bool = True
-
-
-@dataclass(frozen=True)
-class MediaFile:
-    """A picture that a sample names; height and width in pixels as decoded, EXIF orientation not applied."""
-
-    path: str
-    height: int
-    width: int
+_Planned = tuple[Record, list[PackedMedium], list[Grid | VideoPlan]]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A sample ready to be packed."""
+    """A sample ready to be packed: its document, its media, and where it was read."""
 
     document: Document
-    media: tuple[MediaFile, ...]
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of all its pictures."""
-        return sum(rows * columns for rows, columns in self.document.frames)
+    media: tuple[PackedMedium, ...]
+    source: str
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """A sample that cannot be packed."""
+class Measuring:
+    """Measures chunks; what the result depends on, besides the samples.
 
-    key: str
-    reason: str
-    detail: str
+    Attributes:
+        processor: folder with tokenizer, template and image settings.
+        decode: decode every picture fully, not only its header.
+        thinking: what becomes of think blocks.
+    """
+
+    processor: Path
+    decode: bool = False
+    thinking: Thinking = field(default_factory=Thinking)
+
+    def __call__(self, chunk: Chunk, folder: Path) -> Tally:
+        """Measure the samples of a chunk and save the result in `folder`."""
+        chat = _load_chat(self.processor, self.thinking)
+        dropped: list[Dropped] = []
+        with chunk_path(folder, chunk.number, "media.bin").open("wb") as spill:
+            batches = list(self._measure(chunk, chat, spill, dropped))
+        found = [measured for batch in batches for measured in batch]
+        _save(folder, chunk.number, found)
+        lines = "".join(entry.line() + "\n" for entry in dropped)
+        chunk_path(folder, chunk.number, "dropped.jsonl").write_text(lines, encoding="utf-8")
+        reasons = dict(Counter(entry.reason for entry in dropped))
+        return Tally(len(found) + len(dropped), len(found), reasons, sum(entry.is_fault for entry in dropped))
+
+    def _measure(self, chunk: Chunk, chat: Chat, spill: BinaryIO, dropped: list[Dropped]) -> Iterator[list[Measured]]:
+        waiting: list[_Planned] = []
+        for record in chunk.read():
+            if isinstance(record, Dropped):
+                dropped.append(record)
+                continue
+            try:
+                waiting.append(self._plan(record, chat, spill))
+            except Fault as fault:
+                dropped.append(fault.dropped(record.source, record.sample.key))
+            if len(waiting) == BATCH:
+                yield _encode(waiting, chat, dropped)
+                waiting = []
+        yield _encode(waiting, chat, dropped)
+
+    def _plan(self, record: Record, chat: Chat, spill: BinaryIO) -> _Planned:
+        media, plans = [], []
+        for ref in record.media:
+            medium, plan = plan_medium(ref, chat, self.decode)
+            media.append(medium)
+            plans.append(plan)
+        # Bytes that came inside a line or row are kept here: reading them again would read the whole line or row group.
+        media = [_spill(medium, ref, spill) for medium, ref in zip(media, record.media, strict=True)]
+        return record, media, plans
 
 
-def list_chunks(paths: Sequence[Path], size: int = CHUNK) -> list[Chunk]:
-    """Cut JSONL files into chunks of `size` lines.
+def measure_sample(sample: Sample, media: Sequence[MediaRef], chat: Chat) -> Measured:
+    """Tokens, weights, grids and frames of one sample.
 
     Raises:
-        OSError: a file cannot be read.
+        Fault: a picture or video that cannot be used.
+        SampleError: a conversation that cannot be encoded.
     """
-    chunks: list[Chunk] = []
-    for path in paths:
-        start = end = first = lines = 0
-        with path.open("rb") as file:
-            for lines, line in enumerate(file, start=1):
-                end += len(line)
-                if lines - first == size:
-                    chunks.append(Chunk(len(chunks), path, first, start, size))
-                    start, first = end, lines
-        if lines > first:
-            chunks.append(Chunk(len(chunks), path, first, start, lines - first))
-    return chunks
+    planned = [plan_medium(ref, chat) for ref in media]
+    document = chat.encode(sample, [plan for _, plan in planned])
+    return Measured(document, tuple(medium for medium, _ in planned), sample.key)
 
 
-def measure_chunk(chunk: Chunk, settings: Measuring, folder: Path) -> list[Skipped]:
-    """Measure the samples of a chunk and save the result in `folder`; nothing is computed when it is already there.
+class MeasuredChunk:
+    """The result of a chunk: small arrays in memory; tokens, weights and media are read sample by sample.
 
-    Returns:
-        The samples that cannot be packed.
+    Attributes:
+        lengths: [n] tokens of each sample.
+        patches: [n] patches of all its frames.
+        squared_patches: [n] sum over its frames of the square of the frame's patches.
+        digests: [n, 2] of its key, and of its key and contents.
     """
-    path = _result_path(folder, chunk)
-    if not path.exists():
-        chat = _load_chat(settings.processor)
-        measured, skipped = [], []
-        with chunk.path.open("rb") as file:
-            file.seek(chunk.start_byte)
-            for number in range(chunk.first_line + 1, chunk.first_line + chunk.num_lines + 1):
-                line = file.readline()
-                if not line.strip():
-                    continue
-                try:
-                    sample = parse_sample(line, f"{chunk.path.name}:{number}", chunk.path.parent)
-                    measured.append(measure_sample(sample, chat, settings.decode))
-                except SampleError as error:
-                    skipped.append(Skipped(error.key, error.reason, error.detail))
-        _save(path, measured, skipped)
-    with np.load(path) as arrays:
-        return [Skipped(**entry) for entry in json.loads(arrays["skipped"].tobytes())]
 
+    def __init__(self, folder: Path, number: int) -> None:
+        with np.load(chunk_path(folder, number, SUFFIX)) as arrays:
+            self.lengths, self.patches = arrays["lengths"], arrays["patches"]
+            self.squared_patches, self.digests = arrays["squared_patches"], arrays["digests"]
+            self._ends = arrays["ends"]
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._folder, self._number = folder, number
 
-def measure_sample(sample: Sample, chat: Chat, decode: bool = True) -> Measured:
-    """Tokens, weights and grids of one sample.
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    Raises:
-        SampleError: a picture that is missing, does not decode or is too narrow, or a conversation that cannot be encoded.
-    """
-    media, grids = [], []
-    for item in sample.media():
-        if item.kind != "image":
-            raise SampleError(sample.key, "videos cannot be packed yet", item.value)
-        file = measure_picture(sample, item.value, decode)
-        media.append(file)
-        grids.append(_grid(sample, file, chat))
-    return Measured(chat.encode(sample, grids), tuple(media))
+    def entry(self, index: int) -> dict[str, Any]:
+        """Key, source, frames and media of a sample as saved."""
+        start = int(self._ends[index - 1]) if index else 0
+        return json.loads(self._read("entries.bin", np.uint8, start, int(self._ends[index])).tobytes())
 
-
-def measure_picture(sample: Sample, name: str, decode: bool) -> MediaFile:
-    """The size of a picture that a sample names, after checking that Pillow reads it.
-
-    Raises:
-        SampleError: the file is missing or does not decode.
-    """
-    path = sample.folder / name
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if decode:
-                picture.load()
-    except FileNotFoundError:
-        raise SampleError(sample.key, "a picture is missing", str(path)) from None
-    except Exception as error:  # noqa: BLE001  (Pillow's decoders raise whatever their parser raises on broken bytes)
-        raise SampleError(sample.key, "a picture does not decode", f"{path} ({error})") from None
-    return MediaFile(str(path), height, width)
-
-
-def load_measured(chunk: Chunk, folder: Path) -> list[Measured]:
-    """The usable samples of a chunk that was measured before."""
-    with np.load(_result_path(folder, chunk)) as arrays:
-        tokens, weights = arrays["tokens"], arrays["weights"]
-        entries = json.loads(arrays["documents"].tobytes())
-    measured, start = [], 0
-    for entry in entries:
-        end = start + entry["length"]
+    def sample(self, index: int) -> Measured:
+        """A sample; its tokens are read now."""
+        entry = self.entry(index)
+        start, end = int(self._starts[index]), int(self._starts[index] + self.lengths[index])
+        tokens = self._read("tokens.bin", np.int32, start, end)
+        weights = self._read("weights.bin", np.float32, start, end)
         frames = tuple((rows, columns) for rows, columns in entry["frames"])
-        document = Document(tokens[start:end], weights[start:end], frames, entry["key"])
-        measured.append(Measured(document, tuple(MediaFile(**file) for file in entry["media"])))
-        start = end
+        media = tuple(_read_medium(listed, self._folder, self._number) for listed in entry["media"])
+        return Measured(Document(tokens, weights, frames, entry["key"]), media, entry["source"])
+
+    def _read(self, name: str, dtype: type[np.generic], start: int, end: int) -> npt.NDArray[Any]:
+        """Read, not mapped: what rows have touched would stay in memory as long as the window."""
+        size = np.dtype(dtype).itemsize
+        with chunk_path(self._folder, self._number, name).open("rb", buffering=0) as file:
+            file.seek(start * size)
+            return np.frombuffer(file.read((end - start) * size), dtype=dtype)
+
+
+def _encode(planned: Sequence[_Planned], chat: Chat, dropped: list[Dropped]) -> list[Measured]:
+    documents = chat.encode_all([(record.sample, plans) for record, _, plans in planned])
+    measured = []
+    for (record, media, _), document in zip(planned, documents, strict=True):
+        if isinstance(document, SampleError):
+            fault = Fault("sample_invalid", f"{document.reason} {document.detail}".strip(), document.key)
+            dropped.append(fault.dropped(record.source))
+        else:
+            measured.append(Measured(document, tuple(media), record.source))
     return measured
 
 
-def _save(path: Path, measured: Sequence[Measured], skipped: Sequence[Skipped]) -> None:
-    entries = [{"key": sample.document.key, "length": len(sample.document.tokens), "frames": sample.document.frames,
-                "media": [asdict(file) for file in sample.media]} for sample in measured]  # fmt: skip
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            tokens=np.concatenate([np.empty(0, np.int32), *(sample.document.tokens for sample in measured)]),
-            weights=np.concatenate([np.empty(0, np.float32), *(sample.document.loss_weights for sample in measured)]),
-            documents=_json_bytes(entries),
-            skipped=_json_bytes([asdict(entry) for entry in skipped]),
-        )
-    partial.rename(path)
+def _spill(medium: PackedMedium, ref: MediaRef, spill: BinaryIO) -> PackedMedium:
+    if ref.data is None:
+        return medium
+    place = Place("range", "", spill.tell(), len(ref.data))
+    spill.write(ref.data)
+    return replace(medium, place=place)
 
 
-def _json_bytes(tree: Any) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(json.dumps(tree).encode(), dtype=np.uint8)
+def _read_medium(listed: dict[str, Any], folder: Path, number: int) -> PackedMedium:
+    place = Place(**listed["place"])
+    if not place.path:
+        place = replace(place, path=str(chunk_path(folder, number, "media.bin")))
+    return PackedMedium(**listed | {"place": place, "frame_indices": tuple(listed["frame_indices"])})
 
 
-def _result_path(folder: Path, chunk: Chunk) -> Path:
-    return folder / f"{chunk.number:06d}.npz"
+def _save(folder: Path, number: int, measured: Sequence[Measured]) -> None:
+    documents = [sample.document for sample in measured]
+    patches = [[rows * columns for rows, columns in document.frames] for document in documents]
+    entries = [
+        json.dumps({"key": sample.document.key, "source": sample.source, "frames": sample.document.frames,
+                    "media": [asdict(medium) for medium in sample.media]}).encode()
+        for sample in measured
+    ]  # fmt: skip
+    _join(np.int32, [document.tokens for document in documents]).tofile(chunk_path(folder, number, "tokens.bin"))
+    _join(np.float32, [document.loss_weights for document in documents]).tofile(chunk_path(folder, number, "weights.bin"))
+    chunk_path(folder, number, "entries.bin").write_bytes(b"".join(entries))
+    np.savez(
+        chunk_path(folder, number, SUFFIX),
+        lengths=np.array([len(document.tokens) for document in documents], dtype=np.int64),
+        patches=np.array([sum(own) for own in patches], dtype=np.int64),
+        squared_patches=np.array([sum(count * count for count in own) for own in patches], dtype=np.int64),
+        digests=np.array([_digest(sample) for sample in measured], dtype=np.uint64).reshape(-1, 2),
+        ends=np.cumsum([len(entry) for entry in entries], dtype=np.int64),
+    )
 
 
-def _grid(sample: Sample, file: MediaFile, chat: Chat) -> Grid:
-    try:
-        return image_grid(file.height, file.width, chat.image.limits, chat.image.patch_size)
-    except ValueError as error:
-        raise SampleError(sample.key, "a picture is too narrow", f"{file.path} ({error})") from None
+def _join(dtype: type[np.generic], parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate([np.empty(0, dtype), *parts])
+
+
+def _digest(sample: Measured) -> tuple[int, int]:
+    key = hashlib.blake2b(sample.document.key.encode("utf-8", "backslashreplace"), digest_size=8)
+    whole = key.copy()
+    whole.update(np.ascontiguousarray(sample.document.tokens).tobytes())
+    for medium in sample.media:
+        whole.update(f"{medium.name} {medium.place.path} {medium.place.size_bytes}".encode("utf-8", "backslashreplace"))
+    return int.from_bytes(key.digest(), "little"), int.from_bytes(whole.digest(), "little")
 
 
 @lru_cache(maxsize=1)
-def _load_chat(folder: Path) -> Chat:
-    return Chat(folder)
+def _load_chat(folder: Path, thinking: Thinking) -> Chat:
+    # There is a process for every core already.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return Chat(folder, thinking)

@@ -1,4 +1,4 @@
-"""Where rows come from, in which proportion, and how their pictures are decoded."""
+"""Where rows come from, in which proportion, and how their pictures and videos are decoded."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class DataConfig(Config):
     shuffle: bool = True
     """Permute the rows of every source anew each epoch; false keeps the order of the shards."""
     decode_device: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where DALI decodes pictures; auto takes the GPU where there is one."""
+    """Where pictures and videos are decoded; auto takes the GPU where there is one."""
     decode_threads: int = Field(default=2, ge=1)
-    """DALI threads of a decoding rank."""
+    """Threads that decode and resize on a decoding rank."""
     prefetch_rows: int = Field(default=4, ge=1)
     """Rows decoded ahead of the training step."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)

@@ -23,7 +23,7 @@ from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.mapping import RankPart, check_names, entries, rank_segments
 from megatron_glmv.convert.probe import DOCUMENTS, Probe, make_probe
-from megatron_glmv.convert.streaming import RowEmbedding, RowHead, stream_weights, without_memory
+from megatron_glmv.convert.streaming import RowEmbedding, RowHead, streamed, without_memory
 from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.parallel import groups
@@ -116,11 +116,12 @@ def run_transformers(folder: Path, weights: HfWeights, shape: ModelShape, done: 
     visual, text = "model.visual", "model.language_model"
     plain = _plain_names(shape, f"{visual}.blocks", f"{visual}.merger", f"{text}.layers")
     rows = weights.shapes["lm_head.weight"][0]
-    model.set_input_embeddings(RowEmbedding(lambda: _whole(weights, f"{text}.embed_tokens.weight")))
+    table = f"{text}.embed_tokens.weight"
+    model.set_input_embeddings(RowEmbedding(lambda a, b: weights.read(table, a, b, None), rows))
     model.lm_head = RowHead(lambda a, b: weights.read("lm_head.weight", a, b, None), rows, with_bias=False)
-    stream_weights(model, list(plain), lambda name: _whole(weights, name), done)
     stages = _record(model, plain)
-    logits = _transformers_logits(model, probe)
+    with streamed(model, list(plain), lambda name: _whole(weights, name), done):
+        logits = _transformers_logits(model, probe)
     is_text = {name for name in stages if name.startswith("decoder")}
     kept = probe.mask.bool()
     outputs = [
@@ -162,16 +163,13 @@ def run_megatron(stored: Stored, shape: ModelShape, done: Callable[[str], object
             [model] = build_model(shape, _ONE_RANK, PrecisionConfig(dtype="fp32", layers="torch"), RecomputeConfig())
         visual, text = "vision_model", "language_model"
         plain = _plain_names(shape, f"{visual}.decoder.layers", "vision_projection", f"{text}.decoder.layers")
-        model.language_model.embedding.word_embeddings = RowEmbedding(
-            lambda: stored.read(f"{text}.embedding.word_embeddings.weight")
-        )
-        model.language_model.output_layer = RowHead(
-            lambda a, b: stored.read(f"{text}.output_layer.weight", (a, b)), shape.text.vocab_size, with_bias=True
-        )
-        stream_weights(model.eval(), list(plain), stored.read, done)
+        table, head, rows = f"{text}.embedding.word_embeddings.weight", f"{text}.output_layer.weight", shape.text.vocab_size
+        model.language_model.embedding.word_embeddings = RowEmbedding(lambda a, b: stored.read(table, (a, b)), rows)
+        model.language_model.output_layer = RowHead(lambda a, b: stored.read(head, (a, b)), rows, with_bias=True)
         stages = _record(model, plain)
         inputs = make_inputs(make_probe(shape).row, shape, torch.device("cpu"))
-        logits = model(inputs, return_logits=True)[:, 0]
+        with streamed(model.eval(), list(plain), stored.read, done):
+            logits = model(inputs, return_logits=True)[:, 0]
     finally:
         groups.destroy()
     return Run(logits, [(name, torch.cat(parts)) for name, parts in stages.items()])

@@ -8,6 +8,7 @@ compared on a machine that could not hold one of them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HEAD_ROWS = 16_384
-"""Rows of the output layer that are in memory at once."""
+BLOCK_ROWS = 8_192
+"""Rows of the embedding or the output layer that are in memory at once."""
 
 ReadTensor = Callable[[str], Tensor]
 """Parameter's name in the model -> its values in any dtype."""
@@ -39,8 +40,9 @@ def without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def stream_weights(model: nn.Module, units: Sequence[str], read: ReadTensor, done: Callable[[str], object]) -> None:
-    """Have a model built by `without_memory` read its weights when they are used.
+@contextlib.contextmanager
+def streamed(model: nn.Module, units: Sequence[str], read: ReadTensor, done: Callable[[str], object]) -> Iterator[None]:
+    """Have a model built by `without_memory` read its weights when they are used; afterwards nothing of them is left.
 
     Args:
         model: without its large embedding and output layer; see `RowEmbedding` and `RowHead`.
@@ -49,13 +51,20 @@ def stream_weights(model: nn.Module, units: Sequence[str], read: ReadTensor, don
         done: is told each unit's name when it has run.
     """
     in_units = tuple(f"{unit}." for unit in units)
-    for name, module in model.named_modules():
-        if not f"{name}.".startswith(in_units):
-            for own in _own(module):
-                _fill(module, own, read(f"{name}.{own}" if name else own), {})
     buffers: dict[tuple[str, torch.Size], Tensor] = {}
+    outside = [(name, module) for name, module in model.named_modules() if not f"{name}.".startswith(in_units)]
+    for name, module in outside:
+        for own in _own(module):
+            _fill(module, own, read(f"{name}.{own}" if name else own), {})
     for unit in units:
         _stream_unit(model.get_submodule(unit), unit, read, done, buffers)
+    try:
+        yield
+    finally:
+        buffers.clear()
+        for _, module in outside:
+            for own in _own(module):
+                _empty(module, own)
 
 
 def _stream_unit(
@@ -64,18 +73,29 @@ def _stream_unit(
     owners = [(module, own, f"{path}.{own}" if path else own) for path, module in unit.named_modules() for own in _own(module)]
 
     def fill(*unused: Any) -> None:
-        if {key for key, _ in buffers} - {key for *_, key in owners}:
+        if buffers.keys() - {(key, getattr(module, own).shape) for module, own, key in owners}:
             buffers.clear()  # another kind of unit
         for module, own, key in owners:
             _fill(module, own, read(f"{name}.{key}"), buffers, key)
 
     def empty(*unused: Any) -> None:
         for module, own, _ in owners:
-            module._parameters[own] = nn.Parameter(getattr(module, own).to("meta"), requires_grad=False)
+            _empty(module, own)
+        _return_freed_memory()
         done(name)
 
     unit.register_forward_pre_hook(fill)
     unit.register_forward_hook(empty)
+
+
+def _return_freed_memory() -> None:
+    """Give what was freed back to the system, which glibc otherwise keeps: some of the largest temporary tensors' size."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _empty(module: nn.Module, own: str) -> None:
+    module._parameters[own] = nn.Parameter(getattr(module, own).to("meta"), requires_grad=False)
 
 
 def _own(module: nn.Module) -> list[str]:
@@ -93,19 +113,32 @@ def _fill(module: nn.Module, own: str, values: Tensor, buffers: dict[tuple[str, 
 
 
 class RowEmbedding(nn.Module):
-    """An embedding that reads its table when it is asked, and keeps nothing."""
+    """An embedding that reads `BLOCK_ROWS` rows of its table at a time, and keeps nothing.
 
-    def __init__(self, read: Callable[[], Tensor]) -> None:
+    Args:
+        read: where the rows come from.
+        num_rows: of the whole table.
+    """
+
+    def __init__(self, read: ReadRows, num_rows: int) -> None:
         super().__init__()
-        self._read = read
+        self._read, self._num_rows = read, num_rows
 
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 -> [..., hidden] float32."""
-        return F.embedding(ids, self._read()).float()
+        found: Tensor | None = None
+        for start, stop in _blocks(self._num_rows):
+            rows = self._read(start, stop)
+            wanted = (ids >= start) & (ids < stop)
+            if found is None:
+                found = torch.empty(*ids.shape, rows.shape[1])
+            found[wanted] = rows[ids[wanted] - start].float()
+        assert found is not None
+        return found
 
 
 class RowHead(nn.Module):
-    """An output layer that reads `HEAD_ROWS` rows of its matrix at a time.
+    """An output layer that reads `BLOCK_ROWS` rows of its matrix at a time.
 
     Args:
         read: where the rows come from.
@@ -119,7 +152,12 @@ class RowHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, None]:
         """[..., hidden] -> [..., num_rows] float32."""
-        starts = range(0, self._num_rows, HEAD_ROWS)
-        parts = [F.linear(hidden, self._read(start, min(start + HEAD_ROWS, self._num_rows)).float()) for start in starts]
-        logits = torch.cat(parts, dim=-1)
+        logits = torch.empty(*hidden.shape[:-1], self._num_rows)
+        for start, stop in _blocks(self._num_rows):
+            logits[..., start:stop] = F.linear(hidden, self._read(start, stop).float())
         return (logits, None) if self._with_bias else logits
+
+
+def _blocks(num_rows: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, num_rows, BLOCK_ROWS):
+        yield start, min(start + BLOCK_ROWS, num_rows)

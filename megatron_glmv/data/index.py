@@ -6,6 +6,7 @@ Written last, so its presence means that the data set is complete.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -94,6 +95,19 @@ def read_index(folder: Path) -> PackedIndex:
         raise ShardError(f"{error}; {REPACK}") from None
 
 
+def write_index(folder: Path, index: PackedIndex) -> None:
+    """Write index.json, whole or not at all: it makes the data set complete."""
+    partial = folder / (INDEX + ".partial")
+    partial.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder / INDEX)
+
+
+def join_indexes(indexes: Sequence[PackedIndex]) -> PackedIndex:
+    """The index of a data set whose parts were written one by one into the same folder, with the same settings."""
+    counts = {key: sum(getattr(index, key) for index in indexes) for key in ("num_rows", "num_samples", "num_tokens")}
+    return indexes[0].model_copy(update=counts | {"shards": tuple(shard for index in indexes for shard in index.shards)})
+
+
 def check_compatible(index: PackedIndex, where: str, shape: ModelShape, *, sequence_length: int, align: int) -> None:
     """Refuse a data set that was packed for another model or layout, before any rank starts.
 
@@ -116,6 +130,9 @@ def check_compatible(index: PackedIndex, where: str, shape: ModelShape, *, seque
     if index.vocab_size > shape.text.vocab_size:
         raise ShardError(f"{where}: packed with a vocabulary of {index.vocab_size}, the model has {shape.text.vocab_size}; "
                          "pack again with the model's processor")  # fmt: skip
+    if shape.vision.temporal_patch_size != 2:
+        raise ShardError(f"{where}: rows hold two frames of a video for each patch, the model takes "
+                         f"{shape.vision.temporal_patch_size}; only temporal_patch_size 2 can be trained")  # fmt: skip
     pairs = {
         "image token": (index.tokens.image, shape.tokens.image),
         "pad token": (index.tokens.pad, shape.tokens.pad),

@@ -11,33 +11,26 @@ import json
 import threading
 import time
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_glmv.config.base import InputError
 from megatron_glmv.config.data import DataConfig, SourceConfig
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.data.images import BadPicture, EncodedPicture, PictureDecoder
 from megatron_glmv.data.index import check_compatible
 from megatron_glmv.data.order import Draw, GlobalOrder
+from megatron_glmv.data.row_media import BadDocument, MediaDecoder, moving_frames
 from megatron_glmv.data.shards import ShardReader, StoredRow
 from megatron_glmv.sequence.packed import PackedSequence, pack
 
-GREY = 128
-"""Value of every byte of the patches that stand for a picture that does not decode."""
 FREE_FAULTS = 10
 """Bad samples that never stop a run, however few were read."""
 
-
-_BadDocument = tuple[int, str, str]
-"""Index of the document in its row, name of the sample, reason."""
-_BuiltRow = tuple[PackedSequence, tuple[_BadDocument, ...]]
+_BuiltRow = tuple[PackedSequence, tuple[BadDocument, ...]]
 
 
 class DataError(InputError):
@@ -46,13 +39,13 @@ class DataError(InputError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A sample with a picture that does not decode; its patches are grey and its tokens must not be trained.
+    """A sample with a picture or video that does not decode; its patches are grey and its tokens must not be trained.
 
     Attributes:
         row: index into StepRows.rows.
         document: index into that row's documents.
         key: name of the sample.
-        reason: what is wrong with which picture.
+        reason: what is wrong with which picture or video.
     """
 
     row: int
@@ -66,7 +59,7 @@ class StepRows:
     """One replica's rows of one step.
 
     Attributes:
-        rows: micro-batches in order; patches are uint8 where pictures are decoded, else None.
+        rows: micro-batches in order; patches are flat uint8 where media are decoded, else None.
         faults: samples to mask; only a decoding rank knows them.
     """
 
@@ -103,7 +96,7 @@ class RowStream:
             global_batch_rows: rows of one step over all replicas.
             data_rank: this replica.
             data_size: replicas.
-            decode: read and decode pictures; false on ranks that do not run the vision tower.
+            decode: read and decode pictures and videos; false on ranks that do not run the vision tower.
             align: what the layout needs documents to be multiples of, 2 x context; the data sets must have been packed so.
             first_step: the step that will be asked for first.
             shuffle: overrides data.shuffle; evaluation reads in order.
@@ -131,14 +124,7 @@ class RowStream:
         decoder = None
         if decode:
             on_gpu = data.decode_device == "gpu" or (data.decode_device == "auto" and torch.cuda.is_available())
-            vision = shape.vision
-            decoder = PictureDecoder(
-                "gpu" if on_gpu else "cpu",
-                data.decode_threads,
-                patch=vision.patch_size,
-                temporal=vision.temporal_patch_size,
-                merge=vision.spatial_merge_size,
-            )
+            decoder = MediaDecoder(shape.vision, "gpu" if on_gpu else "cpu", data.decode_threads)
         self._builder = _RowBuilder(sources, readers, order, data, shape, decoder, fault_log)
         self._replica = (data_rank, data_size)
         self._rows_per_step = global_batch_rows // data_size
@@ -169,7 +155,9 @@ class RowStream:
         built = [self._ahead.take() for _ in range(self._rows_per_step)]
         self._wait_s += time.perf_counter() - start
         self._next_step = step + 1
-        faults = tuple(Fault(index, *bad) for index, (_, row_faults) in enumerate(built) for bad in row_faults)
+        faults = tuple(
+            Fault(index, bad.document, bad.key, bad.reason) for index, (_, row_faults) in enumerate(built) for bad in row_faults
+        )
         return StepRows(tuple(row for row, _ in built), faults)
 
     def close(self) -> None:
@@ -243,7 +231,7 @@ class _RowBuilder:
         order: GlobalOrder,
         data: DataConfig,
         shape: ModelShape,
-        decoder: PictureDecoder | None,
+        decoder: MediaDecoder | None,
         fault_log: Path | None,
     ) -> None:
         self._names = [source.name for source in sources]
@@ -270,7 +258,7 @@ class _RowBuilder:
     def _build(self, step: int, draw: Draw) -> _BuiltRow:
         reader = self._readers[draw.source]
         stored = reader.read(draw.row, media=self._decoder is not None)
-        patches, faults = self._decode(stored)
+        patches, faults = self._decoder.decode(stored) if self._decoder is not None else (None, ())
         row = pack(
             stored.documents,
             self._length,
@@ -279,56 +267,27 @@ class _RowBuilder:
             align=reader.index.align,  # of the data set, not of the layout: every layout gets the same row
             merge=self._shape.vision.spatial_merge_size,
             patches=patches,
+            moving=moving_frames(stored),
             key=f"{self._names[draw.source]}/{stored.key}",
         )
         self._judge(step, draw, stored, faults)
         return row, faults
 
-    def _decode(self, stored: StoredRow) -> tuple[Tensor | None, tuple[_BadDocument, ...]]:
-        """The row's patches in one tensor, grey where a picture does not decode, and the samples at fault."""
-        if self._decoder is None or stored.data is None:
-            return None, ()
-        owners: list[tuple[int, str, str, int]] = []
-        refused: list[BadPicture | None] = []
-        pictures: list[EncodedPicture] = []
-        patch = self._shape.vision.patch_size
-        for number, (document, media, data) in enumerate(zip(stored.documents, stored.media, stored.data, strict=True)):
-            for (rows, columns), listed, content in zip(document.frames, media, data, strict=True):
-                owners.append((number, document.key, listed.name, rows * columns))
-                if len(content) != listed.size_bytes or zlib.crc32(content) != listed.crc32:
-                    refused.append(BadPicture("the bytes are not those that were packed (crc32 differs); copy the shard again"))
-                    continue
-                refused.append(None)
-                pictures.append(EncodedPicture(content, (rows * patch, columns * patch), (listed.height, listed.width)))
-        decoded = iter(self._decoder.decode(pictures))
-        parts: list[Tensor] = []
-        faults: dict[int, _BadDocument] = {}
-        for (number, key, name, num_patches), bad in zip(owners, refused, strict=True):
-            result = bad or next(decoded)
-            if isinstance(result, BadPicture):
-                faults.setdefault(number, (number, key, f"{name}: {result.reason}"))
-                result = torch.full((num_patches, self._shape.vision.patch_dim), GREY, dtype=torch.uint8)
-            parts.append(result)
-        device = next((part.device for part in parts if part.is_cuda), torch.device("cpu"))
-        if not parts:
-            return torch.empty((0, self._shape.vision.patch_dim), dtype=torch.uint8), ()
-        return torch.cat([part.to(device) for part in parts]), tuple(faults.values())
-
-    def _judge(self, step: int, draw: Draw, stored: StoredRow, faults: Sequence[_BadDocument]) -> None:
+    def _judge(self, step: int, draw: Draw, stored: StoredRow, faults: Sequence[BadDocument]) -> None:
         """Log bad samples, and stop the run when there are too many of them."""
         source = self._names[draw.source]
-        for _, key, reason in faults:
-            if self._fault_log is not None and (source, key) not in self._logged:
-                self._logged.add((source, key))
-                line = {"step": step, "source": source, "row": stored.key, "sample": key, "reason": reason}
+        for bad in faults:
+            if self._fault_log is not None and (source, bad.key) not in self._logged:
+                self._logged.add((source, bad.key))
+                line = {"step": step, "source": source, "row": stored.key, "sample": bad.key, "reason": bad.reason}
                 self._fault_log.parent.mkdir(parents=True, exist_ok=True)
                 with self._fault_log.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(line) + "\n")
         self._num_samples += len(stored.documents)
         self._num_bad += len(faults)
         if faults and self._num_bad > max(FREE_FAULTS, self._max_bad_share * self._num_samples):
-            named = f"they are listed in {self._fault_log}" if self._fault_log else f"the last is sample {faults[-1][1]!r}"
+            named = f"they are listed in {self._fault_log}" if self._fault_log else f"the last is sample {faults[-1].key!r}"
             raise DataError(
-                f"{self._num_bad} of {self._num_samples} samples have pictures that do not decode, more than "
+                f"{self._num_bad} of {self._num_samples} samples have pictures or videos that do not decode, more than "
                 f"data.max_bad_share {self._max_bad_share} allows; {named}; repair them or raise the share"
             )

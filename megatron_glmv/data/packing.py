@@ -1,6 +1,9 @@
 """Which samples share a row: deterministic bin packing under a budget of tokens and, optionally, one of patches.
 
-Long samples are placed first, longest first, each into the fullest row that still takes it (best fit); the many short ones
+Two ways are tried where the samples' costs are known: best fit, which needs the fewest rows, and rows built towards the mean
+cost (`even_rows`), which make the shorter steps; the second is taken unless it needs more rows than it is worth.
+
+In best fit long samples are placed first, longest first, each into the fullest row that still takes it; the many short ones
 follow in seeded random order, so that a row mixes tasks instead of collecting samples of one length. Rows are found by the
 room that is left in them: the set of occurring rooms is one big integer whose lowest bit above the needed length is the best
 fit, so a placement costs about a microsecond for each few thousand tokens of row length, whatever the number of rows.
@@ -14,10 +17,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from megatron_glmv.data.even_rows import build_rows, exchange, step_cost
+
 SHORT_SHARE = 8
 """Samples of at most 1/8 of a row (of either budget) are short."""
 LEVELS = 24
 """Classes that rows are kept in by the patches left in them, finer where few are left."""
+MORE_ROWS = 1.003
+"""Even rows may be this many times those of best fit."""
 
 
 def pack_lengths(
@@ -27,6 +34,7 @@ def pack_lengths(
     align: int = 1,
     patches: npt.ArrayLike | None = None,
     max_patches: int | None = None,
+    extra: npt.ArrayLike | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
     """Put samples into rows.
@@ -37,6 +45,7 @@ def pack_lengths(
         align: a sample takes its length rounded up to a multiple of this.
         patches: [n] patches of each sample; needed with max_patches.
         max_patches: most patches in a row, None for no limit.
+        extra: [n] what each sample costs beyond its tokens, in tokens (`cost.CostModel`); rows are then made to cost alike.
         seed: decides the order of short samples and of the rows.
 
     Returns:
@@ -52,13 +61,24 @@ def pack_lengths(
     budget = max_patches if max_patches is not None else 0
     _check(sizes, room, loads, budget, align)
     random = np.random.default_rng([seed, len(sizes)])
+    rows = _best_fit(sizes, room, loads, budget, _placing_order(sizes, room, loads, budget, random).tolist())
+    if extra is not None and len(rows) > 1:
+        costs = np.asarray(extra, dtype=np.float64) / align
+        even = build_rows(sizes, room, costs, loads, budget, random)
+        rows, even = (exchange(found, sizes, costs, loads, budget) for found in (rows, even))
+        if len(even) <= MORE_ROWS * len(rows) + 1 and step_cost(even, room, costs) < step_cost(rows, room, costs):
+            rows = even
+    return [sorted(rows[row]) for row in random.permutation(len(rows))]
+
+
+def _placing_order(sizes: npt.NDArray[np.int64], room: int, loads: npt.NDArray[np.int64], budget: int,
+                   random: np.random.Generator) -> npt.NDArray[np.int64]:  # fmt: skip
+    """Long samples, longest first, then short ones in random order."""
     fills = np.maximum(sizes / room, loads / max(budget, 1))
     is_long = fills > 1 / SHORT_SHARE
     shuffled = random.permutation(len(sizes))
     long = shuffled[is_long[shuffled]]
-    order = np.concatenate([long[np.argsort(-fills[long], kind="stable")], shuffled[~is_long[shuffled]]])
-    rows = _best_fit(sizes, room, loads, budget, order.tolist())
-    return [sorted(rows[row]) for row in random.permutation(len(rows))]
+    return np.concatenate([long[np.argsort(-fills[long], kind="stable")], shuffled[~is_long[shuffled]]])
 
 
 def _check(sizes: npt.NDArray[np.int64], room: int, loads: npt.NDArray[np.int64], budget: int, align: int) -> None:

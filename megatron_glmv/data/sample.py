@@ -1,6 +1,7 @@
-"""One sample of a JSONL file: a conversation with pictures, checked field by field before anything is computed from it.
+"""One sample: a conversation with pictures, checked field by field before anything is computed from it.
 
 Content may be a plain string or a list of text and media items, as in Hugging Face's chat format; here it is always a list.
+Other forms of samples (`data_tools/corpus/formats.py`) are brought into this one before they are checked.
 """
 
 from __future__ import annotations
@@ -83,8 +84,20 @@ def parse_sample(line: str | bytes, name: str, folder: Path) -> Sample:
         raise SampleError(name, "the line is not JSON", str(error)) from None
     if not isinstance(tree, dict):
         raise SampleError(name, "the line is not a JSON object")
-    key = str(tree.get("id", name))
-    turns = tree.get("messages")
+    return check_sample(tree.get("messages"), str(tree.get("id", name)), folder)
+
+
+def check_sample(turns: Any, key: str, folder: Path) -> Sample:
+    """Check a conversation.
+
+    Args:
+        turns: list of messages, each an object with `role` and `content` (a string or a list of items).
+        key: of the sample.
+        folder: media paths are relative to it.
+
+    Raises:
+        SampleError: as parse_sample.
+    """
     if not isinstance(turns, list) or not turns:
         raise SampleError(key, "no list of messages")
     messages = tuple(_parse_message(turn, key) for turn in turns)

@@ -1,4 +1,4 @@
-"""Packed data sets on disk: tar shards of rows with their pictures still compressed, and an index that makes any row one read.
+"""Packed data sets on disk: tar shards of rows with their media still compressed, and an index that makes any row one read.
 
 A plain tar is streamable, inspectable with any tool and readable by WebDataset; the numpy index beside it gives the random
 access that an exact, shuffled, resumable order needs. The members of one row are adjacent and its media come last, so ranks
@@ -18,12 +18,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_glmv.data.index import COLUMNS, INDEX, REPACK, PackedIndex, ShardEntry, ShardError, read_index
+from megatron_glmv.data.index import COLUMNS, INDEX, REPACK, PackedIndex, ShardEntry, ShardError, read_index, write_index
+from megatron_glmv.data.media import Clip, Media, Picture, describe, parse_media
 from megatron_glmv.sequence.grid import PixelLimits
 from megatron_glmv.sequence.packed import Document
 
@@ -33,43 +34,14 @@ OPEN_SHARDS = 128
 
 
 @dataclass(frozen=True)
-class Picture:
-    """The bytes of one picture on its way into a shard.
-
-    Attributes:
-        data: the file's bytes, untouched.
-        extension: of the file, without the dot.
-        height: pixels, as the decoder gives them (EXIF orientation not applied).
-        width: pixels.
-    """
-
-    data: bytes
-    extension: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Media:
-    """One picture as a row's JSON lists it: `size_bytes` and `crc32` are of its bytes, height and width in pixels."""
-
-    name: str
-    size_bytes: int
-    crc32: int
-    height: int
-    width: int
-    kind: Literal["image"] = "image"
-
-
-@dataclass(frozen=True)
 class StoredRow:
     """One row as read back.
 
     Attributes:
         key: name of the row.
         documents: its samples, in order; tokens int32, loss weights float32.
-        media: for each document, its pictures.
-        data: for each document, the bytes of its pictures; None when only the head was read.
+        media: for each document, its pictures and videos.
+        data: for each document, the bytes of its media; None when only the head was read.
     """
 
     key: str
@@ -94,8 +66,11 @@ class ShardWriter:
         patch_size: int = 14,
         merge_size: int = 2,
         shard_bytes: int = 1 << 30,
+        prefix: str = "",
+        keep_shards: int = 0,
+        keep_samples: int = 0,
     ) -> None:
-        """Open `folder` for writing; shards and an index that are already there are removed.
+        """Open `folder` for writing; an index and shards of this prefix that are already there are removed.
 
         Args:
             folder: created when missing.
@@ -108,6 +83,12 @@ class ShardWriter:
             patch_size: side of a patch in pixels.
             merge_size: patches a side of one token.
             shard_bytes: a shard that has reached this size is closed.
+            prefix: starts the names of shards and rows, for writers that share a folder.
+            keep_shards: complete shards of an interrupted writer with the same arguments, to go on behind.
+            keep_samples: samples in them.
+
+        Raises:
+            ShardError: a shard to keep is missing or damaged.
         """
         self.folder = folder
         self._meta: dict[str, Any] = {
@@ -116,41 +97,52 @@ class ShardWriter:
             "image_limits": {"min_pixels": image_limits.min_pixels, "max_pixels": image_limits.max_pixels},
             "patch_size": patch_size, "merge_size": merge_size,
         }  # fmt: skip
-        self._shard_bytes = shard_bytes
+        self._shard_bytes, self._prefix = shard_bytes, prefix
         self._tar: tarfile.TarFile | None = None
         self._rows: list[tuple[int, ...]] = []
         self._shards: list[ShardEntry] = []
         self.num_rows = self.num_samples = self.num_tokens = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (folder / INDEX, *folder.glob("shard-*.tar"), *folder.glob("shard-*.rows.npy")):
-            old.unlink(missing_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)
+        for _ in range(keep_shards):
+            self._keep_shard()
+        self.num_samples = keep_samples
+        kept = {name for shard in self._shards for name in (shard.file, shard.index)}
+        for old in folder.glob(f"shard-{prefix}[0-9][0-9][0-9][0-9][0-9].*"):
+            if old.name not in kept:
+                old.unlink()
 
-    def write(self, documents: Sequence[Document], pictures: Sequence[Sequence[Picture]]) -> None:
+    @property
+    def num_shards(self) -> int:
+        """Complete shards."""
+        return len(self._shards)
+
+    def write(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
         """Append one row.
 
         Args:
             documents: samples of the row, visual placeholders expanded, not padded.
-            pictures: for each document, its pictures in token order; as many as the document has frames.
+            media: for each document, its pictures and videos in token order; together they have as many frames as the document.
 
         Raises:
-            ShardError: documents longer than the row, a token id outside the vocabulary, or pictures that do not match frames.
+            ShardError: documents longer than the row, a token id outside the vocabulary, or media that do not match frames.
         """
-        self._check(documents, pictures)
+        self._check(documents, media)
         if self._tar is not None and self._tar.offset >= self._shard_bytes:
             self._finish_shard()
         if self._tar is None:
             self._tar = tarfile.TarFile(self._path("tar"), "w", format=tarfile.USTAR_FORMAT)
-        number = f"{self.num_rows:08d}"
+        number = f"{self._prefix}{self.num_rows:08d}"
         listed: list[dict[str, Any]] = []
         members: list[tuple[str, bytes]] = []
-        for document, own in zip(documents, pictures, strict=True):
+        for document, own in zip(documents, media, strict=True):
             entries = []
-            for picture in own:
-                extension = picture.extension.lower() if re.fullmatch("[A-Za-z0-9]{1,8}", picture.extension) else "bin"
+            for item in own:
+                extension = item.extension.lower() if re.fullmatch("[A-Za-z0-9]{1,8}", item.extension) else "bin"
                 name = f"{number}.{len(members):03d}.{extension}"
-                members.append((name, picture.data))
-                entries.append({"name": name, "size_bytes": len(picture.data), "crc32": zlib.crc32(picture.data),
-                                "height": picture.height, "width": picture.width, "kind": "image"})  # fmt: skip
+                members.append((name, item.data))
+                entries.append({"name": name, "size_bytes": len(item.data), "crc32": zlib.crc32(item.data),
+                                "height": item.height, "width": item.width, **describe(item)})  # fmt: skip
             listed.append({"key": document.key, "length": len(document.tokens), "frames": document.frames, "media": entries})
         tokens = np.concatenate([document.tokens for document in documents]).astype(np.int32)
         weights = np.concatenate([document.loss_weights for document in documents]).astype(np.float32)
@@ -168,8 +160,8 @@ class ShardWriter:
         self.num_samples += len(documents)
         self.num_tokens += len(tokens)
 
-    def close(self) -> PackedIndex:
-        """Finish the last shard and write index.json, which makes the data set complete.
+    def close(self, with_index: bool = True) -> PackedIndex:
+        """Finish the last shard and, unless the index is joined with others later, write index.json.
 
         Raises:
             ShardError: no row was written.
@@ -180,18 +172,18 @@ class ShardWriter:
             raise ShardError(f"{self.folder}: no row to write; the input holds no usable sample")
         counts = {"num_rows": self.num_rows, "num_samples": self.num_samples, "num_tokens": self.num_tokens}
         index = PackedIndex.model_validate({**self._meta, **counts, "shards": tuple(self._shards)})
-        partial = self.folder / (INDEX + ".partial")
-        partial.write_text(json.dumps(index.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        partial.rename(self.folder / INDEX)
+        if with_index:
+            write_index(self.folder, index)
         return index
 
-    def _check(self, documents: Sequence[Document], pictures: Sequence[Sequence[Picture]]) -> None:
+    def _check(self, documents: Sequence[Document], media: Sequence[Sequence[Picture | Clip]]) -> None:
         length, align, vocab_size = self._meta["length"], self._meta["align"], self._meta["vocab_size"]
-        if not documents or len(documents) != len(pictures):
+        if not documents or len(documents) != len(media):
             raise ShardError(f"{self.folder}: a row needs documents, and pictures (possibly none) for each of them")
-        for document, own in zip(documents, pictures, strict=True):
-            if len(own) != len(document.frames):
-                raise ShardError(f"sample {document.key!r}: {len(own)} pictures but {len(document.frames)} frames")
+        for document, own in zip(documents, media, strict=True):
+            shown = sum(len(item.frame_indices) // 2 if isinstance(item, Clip) else 1 for item in own)
+            if shown != len(document.frames):
+                raise ShardError(f"sample {document.key!r}: {shown} pictures but {len(document.frames)} frames")
             size = len(document.tokens)
             if not size or size != len(document.loss_weights):
                 raise ShardError(f"sample {document.key!r}: {size} tokens but {len(document.loss_weights)} weights")
@@ -208,17 +200,32 @@ class ShardWriter:
         self._tar.addfile(info, io.BytesIO(data))
 
     def _path(self, suffix: str) -> Path:
-        return self.folder / f"shard-{len(self._shards):05d}.{suffix}"
+        return self.folder / f"shard-{self._prefix}{len(self._shards):05d}.{suffix}"
 
     def _finish_shard(self) -> None:
         assert self._tar is not None
         self._tar.close()
         self._tar = None
-        tar, index = self._path("tar"), self._path("rows.npy")
-        np.save(index, np.array(self._rows, dtype=np.int64))
-        size = tar.stat().st_size
-        self._shards.append(ShardEntry(file=tar.name, rows=len(self._rows), size_bytes=size, index=index.name))
+        index = self._path("rows.npy")
+        partial = index.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.save(file, np.array(self._rows, dtype=np.int64))
+        partial.rename(index)
+        self._list_shard(len(self._rows))
         self._rows = []
+
+    def _list_shard(self, num_rows: int) -> None:
+        tar, index = self._path("tar"), self._path("rows.npy")
+        self._shards.append(ShardEntry(file=tar.name, rows=num_rows, size_bytes=tar.stat().st_size, index=index.name))
+
+    def _keep_shard(self) -> None:
+        try:
+            rows = np.load(self._path("rows.npy"))
+            self._list_shard(len(rows))
+        except (OSError, ValueError, EOFError) as error:
+            raise ShardError(f"{self._path('tar')}: cannot go on behind this shard ({error}); remove {self.folder}") from None
+        self.num_rows += len(rows)
+        self.num_tokens += int(rows[:, COLUMNS.index("tokens")].sum())
 
 
 class ShardReader:
@@ -246,6 +253,11 @@ class ShardReader:
         """The row's entry of rows.npy by column name: offsets in bytes, useful tokens, patches, trained tokens."""
         shard, local = self._locate(row)
         return dict(zip(COLUMNS, self._rows[shard][local].tolist(), strict=True))
+
+    def tables(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
+        """For each shard, the columns of rows.npy: what `measures` gives of one row, of all its rows."""
+        for rows in self._rows:
+            yield {name: rows[:, place] for place, name in enumerate(COLUMNS)}
 
     def read(self, row: int, media: bool = True) -> StoredRow:
         """Read one row with a single pread.
@@ -362,9 +374,10 @@ def _parse_row(members: dict[str, bytes], with_media: bool) -> StoredRow:
         end = start + entry["length"]
         frames = tuple((rows, columns) for rows, columns in entry["frames"])
         documents.append(Document(tokens[start:end], weights[start:end], frames, entry["key"]))
-        media.append(tuple(Media(**listed) for listed in entry["media"]))
-        if len(frames) != len(media[-1]) or any(listed.kind != "image" for listed in media[-1]):
-            raise ValueError(f"sample {entry['key']!r} has {len(frames)} frames but {len(media[-1])} pictures")
+        media.append(tuple(parse_media(listed) for listed in entry["media"]))
+        shown = sum(item.num_frames for item in media[-1])
+        if len(frames) != shown:
+            raise ValueError(f"sample {entry['key']!r} has {len(frames)} frames but {shown} pictures")
         start = end
     if start != len(tokens) or start != len(weights):
         raise ValueError(f"documents of {start} tokens, {len(tokens)} tokens and {len(weights)} weights")

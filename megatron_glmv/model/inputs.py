@@ -11,6 +11,7 @@ from megatron_glmv.config.model import ModelShape
 from megatron_glmv.model.position import frame_coordinates
 from megatron_glmv.model.segments import Segments, make_segments
 from megatron_glmv.sequence.packed import PackedSequence
+from megatron_glmv.sequence.patches import join_frames
 from megatron_glmv.sequence.shard import context_indices
 
 
@@ -97,6 +98,9 @@ def _vision_inputs(row: PackedSequence, shape: ModelShape, device: torch.device,
     frames = [(int(rows), int(columns)) for rows, columns in row.frames.tolist()]
     patches = row.patches if row.patches is not None else torch.empty(0, shape.vision.patch_dim, dtype=torch.uint8)
     unit = merge**2 * multiple
+    patches = patches.to(device, non_blocking=True)
+    if row.patches is not None and row.moving is not None:
+        patches = join_frames(patches, row.frames, row.moving)
     blank = -len(patches) % unit or (0 if frames else unit)
     if blank:
         frames.append((merge, blank // merge))
@@ -106,7 +110,7 @@ def _vision_inputs(row: PackedSequence, shape: ModelShape, device: torch.device,
     features = feature_of_token[local]
     token_index = torch.nonzero(features >= 0).flatten()
     return VisionInputs(
-        patches=patches.to(device, non_blocking=True),
+        patches=patches,
         coordinates=frame_coordinates(frames, merge).to(device),
         segments=make_segments([rows * columns for rows, columns in frames], device),
         feature_index=features[token_index].to(device),

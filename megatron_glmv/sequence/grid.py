@@ -34,6 +34,11 @@ class Grid:
         """Patches that enter the vision tower."""
         return self.frames * self.rows * self.columns
 
+    @property
+    def frame(self) -> tuple[int, int]:
+        """(rows, columns) of one temporal patch."""
+        return self.rows, self.columns
+
     def num_tokens(self, merge: int = 2) -> int:
         """Merged tokens that enter the decoder."""
         return self.num_patches // merge**2

@@ -51,8 +51,9 @@ class PackedSequence:
         num_useful: tokens that are not padding.
         frames: [F, 2] int64, patch rows and columns of each frame, in token order.
         visual_index: [V] int64, where in the row the merged visual tokens stand, in feature order.
-        patches: [N, channels x temporal x patch x patch] uint8 in Hugging Face's patch order, or None on ranks that do not
-            run the vision tower.
+        patches: [N, channels x temporal x patch x patch] in Hugging Face's patch order, uint8 pixels or normalised; where
+            `moving` is given the flat form of `sequence.patches.join_frames`; None on ranks that do not run the vision tower.
+        moving: [F] bool, which frames are a video's; None where patches are not flat.
         documents: (key, start, end) of every real document, for masking and messages.
         key: name of the row.
     """
@@ -68,6 +69,7 @@ class PackedSequence:
     patches: Tensor | None = None
     documents: tuple[tuple[str, int, int], ...] = ()
     key: str = ""
+    moving: Tensor | None = None
 
     @property
     def num_patches(self) -> int:
@@ -84,11 +86,13 @@ def pack(
     align: int = 1,
     merge: int = 2,
     patches: Tensor | None = None,
+    moving: Sequence[bool] | None = None,
     key: str = "",
 ) -> PackedSequence:
     """Lay `documents` end to end in a row of `length` tokens.
 
-    Each document is padded to a multiple of `align` tokens; what is left of the row becomes padding documents.
+    Each document is padded to a multiple of `align` tokens; what is left of the row becomes padding documents. `patches` and
+    `moving` are those of the PackedSequence.
 
     Raises:
         RowError: the documents are longer than the row, or a document's visual tokens and frames do not match.
@@ -140,6 +144,7 @@ def pack(
         patches=patches,
         documents=tuple(spans),
         key=key,
+        moving=None if moving is None else torch.tensor(moving, dtype=torch.bool),
     )
 
 

@@ -1,6 +1,7 @@
 """From a resized picture to rows of patches in Hugging Face's order, and from bytes to the values that the vision tower reads.
 
-Loaders ship bytes and the training device normalises them: a quarter of the traffic, and the same values.
+Loaders ship bytes in a flat form that costs them one copy of long runs: a picture once, colours side by side. The training
+device doubles pictures, parts colours and normalises: an eighth of the traffic of floats, and the same values.
 
 Source: transformers 5.23.0, models/glm4v/image_processing_glm4v.py (`_preprocess`) and image_processing_backends.py
 (`rescale_and_normalize`, the fused form); mean and deviation are CLIP's, of image_utils.py.
@@ -37,6 +38,59 @@ def patchify(picture: Tensor, patch: int = 14, temporal: int = 2, merge: int = 2
     blocks = picture.reshape(height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, channels)
     blocks = blocks.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, channels, 1, patch, patch)
     return blocks.expand(-1, -1, temporal, -1, -1).reshape(len(blocks), -1)
+
+
+def cut_patches(picture: Tensor, patch: int = 14, merge: int = 2, out: Tensor | None = None) -> Tensor:
+    """The flat patches of one frame, in the order of `patchify`.
+
+    Args:
+        picture: [height, width, channels], any dtype; both sides are multiples of patch x merge.
+        patch: side of a patch in pixels.
+        merge: patches a side of a block that becomes one token.
+        out: [height x width / patch^2, patch x patch x channels], filled instead of a new tensor.
+
+    Returns:
+        [height x width / patch^2, patch x patch x channels], the dtype of `picture`; a row is flattened (row, column, channel).
+
+    Raises:
+        ValueError: a side is not a multiple of patch x merge.
+    """
+    height, width, channels = picture.shape
+    if height % (patch * merge) or width % (patch * merge):
+        raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into blocks of {patch * merge} pixels")
+    rows, columns = height // (patch * merge), width // (patch * merge)
+    lines = picture.reshape(rows, merge, patch, columns, merge, patch * channels).permute(0, 3, 1, 4, 2, 5)
+    if out is None:
+        return lines.reshape(-1, patch * patch * channels)
+    out.view(lines.shape).copy_(lines)
+    return out
+
+
+def num_flat_patches(frames: Tensor, moving: Tensor) -> int:
+    """Rows of the flat patches that `join_frames` reads: of a picture once, of a video's temporal patch its two frames."""
+    return int((frames[:, 0] * frames[:, 1] * (1 + moving.long())).sum())
+
+
+def join_frames(patches: Tensor, frames: Tensor, moving: Tensor) -> Tensor:
+    """Patches of two frames each, from those of single frames: a picture fills both places, a video's frames one each.
+
+    Args:
+        patches: [M, patch x patch x 3] on any device, as `cut_patches` makes them: of each temporal patch those of its first
+            frame, then, for a video, those of its second.
+        frames: [F, 2] rows and columns of each temporal patch.
+        moving: [F] bool, which of them are a video's.
+
+    Returns:
+        [N, 3 x 2 x patch x patch], one row a patch of the tower.
+    """
+    sizes = frames[:, 0] * frames[:, 1]
+    flat = sizes * (1 + moving.long())
+    inside = torch.arange(int(sizes.sum())) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    first = torch.repeat_interleave(flat.cumsum(0) - flat, sizes) + inside
+    second = first + torch.repeat_interleave(sizes * moving.long(), sizes)
+    pairs = patches[torch.stack((first, second), dim=1).to(patches.device)]
+    channels, width = len(CLIP_MEAN), patches.shape[1]
+    return pairs.view(len(first), 2, width // channels, channels).permute(0, 3, 1, 2).reshape(len(first), 2 * width)
 
 
 def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.model.inputs import ModelInputs, make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
+from megatron_glmv.sequence.patches import num_flat_patches
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.flops import Flops, row_flops
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
@@ -163,8 +164,11 @@ def _shared_patches(row: PackedSequence, shape: ModelShape) -> Tensor | None:
         return None
     patches = row.patches
     if patches is None:
-        patches = torch.empty(row.num_patches, shape.vision.patch_dim, dtype=torch.uint8)
-    patches = patches.to(platform.device())
+        size = (row.num_patches, shape.vision.patch_dim)
+        if row.moving is not None:
+            size = (num_flat_patches(row.frames, row.moving), size[1] // shape.vision.temporal_patch_size)
+        patches = torch.empty(size, dtype=torch.uint8)
+    patches = patches.to(platform.device(), non_blocking=True)
     groups.broadcast_patches(patches)
     return patches
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatron_glmv.data.chat import Chat, ProcessorError, read_image_settings
+from megatron_glmv.data.chat import Chat, ProcessorError, Thinking, read_image_settings
 from megatron_glmv.data.sample import Sample, SampleError, parse_sample
 from megatron_glmv.sequence.grid import Grid, PixelLimits, image_grid
 from megatron_glmv.sequence.positions import multimodal_positions
@@ -122,10 +123,85 @@ def test_a_line_that_is_no_sample_is_named(line: str, message: str) -> None:
         parse_sample(line, "file:1", Path())
 
 
-def test_a_video_is_refused(chat: Chat) -> None:
-    turns = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, {"role": "assistant", "content": "4"}]
-    with pytest.raises(SampleError, match="'s-1': videos cannot be packed yet"):
-        chat.encode(make_sample(turns), [])
+SWITCHING = """\
+[gMASK]<sop>
+{%- set place = namespace(user=-1) -%}
+{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set place.user = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for message in messages -%}
+    <|{{ message.role }}|>{{ '\\n' }}
+    {%- if message.role == 'assistant' -%}
+        {%- set thought = message.content.split('</think>')[0].split('<think>')[-1] if '</think>' in message.content else '' -%}
+        <think>{{ thought.strip() if loop.index0 > place.user else '' }}</think>{{ '\\n' }}
+        {{- message.content.split('</think>')[-1].strip() }}
+    {%- else -%}
+        {{ message.content }}{{ '/nothink' if message.role == 'user' and enable_thinking is defined and not enable_thinking }}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    <|assistant|>{{ '\\n<think></think>' if enable_thinking is defined and not enable_thinking }}
+{%- endif -%}
+"""
+"""A template that behaves as those of GLM-4.5V and 4.6V: earlier thinking is emptied, and a switch asks for none."""
+ASK, AGAIN = {"role": "user", "content": "Read."}, {"role": "user", "content": "And now?"}
+THOUGHT, BRIEF = {"role": "assistant", "content": "<think>\nab\n</think>\n4"}, {"role": "assistant", "content": "0"}
+
+
+@pytest.fixture(scope="module")
+def switching(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changed = tmp_path_factory.mktemp("switching") / "processor"
+    shutil.copytree(folder, changed)
+    (changed / "chat_template.jinja").write_text(SWITCHING)
+    return changed
+
+
+def trained(chat: Chat, messages: list[dict[str, Any]]) -> list[str]:
+    """The runs of trained text."""
+    document = chat.encode(make_sample(messages), [])
+    edges = np.flatnonzero(np.diff([0, *(document.loss_weights > 0), 0]))
+    return [chat.tokenizer.decode(document.tokens[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def test_thinking_is_not_kept_in_the_history(chat: Chat) -> None:
+    """GLM-4.1V's template keeps it, so it is taken out; an answer without the thoughts that led to it is not trained."""
+    messages = [ASK, THOUGHT, AGAIN, THOUGHT]
+    assert chat.render(make_sample(messages)) == (
+        "[gMASK]<sop><|user|>\nRead.<|assistant|>\n4<|user|>\nAnd now?<|assistant|>\n<think>\nab\n</think>\n4"
+    )
+    assert trained(chat, messages) == ["<think>\nab\n</think>\n4<|endoftext|>"]
+    assert trained(chat, [ASK, BRIEF, AGAIN, THOUGHT]) == ["0<|user|>", "<think>\nab\n</think>\n4<|endoftext|>"]
+    asked = [ASK, THOUGHT, AGAIN, BRIEF]
+    assert trained(chat, asked) == ["0<|endoftext|>"]
+
+
+def test_thinking_may_be_kept_in_the_history(folder: Path) -> None:
+    chat = Chat(folder, Thinking(keep_earlier=True))
+    turn = "<think>\nab\n</think>\n4"
+    assert trained(chat, [ASK, THOUGHT, AGAIN, THOUGHT]) == [turn + "<|user|>", turn + "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_template_that_drops_thinking_has_the_last_word(switching: Path, keep: bool) -> None:
+    chat = Chat(switching, Thinking(keep_earlier=keep))
+    messages = [ASK, THOUGHT, AGAIN, THOUGHT]
+    assert chat.render(make_sample(messages)) == (
+        "[gMASK]<sop><|user|>\nRead.<|assistant|>\n<think></think>\n4"
+        "<|user|>\nAnd now?<|assistant|>\n<think>ab</think>\n4"
+    )  # fmt: skip
+    assert trained(chat, messages) == ["\n<think>ab</think>\n4<|endoftext|>"]
+
+
+def test_an_answer_without_thinking_is_asked_for_so(switching: Path) -> None:
+    """What is trained follows what generation is given: nothing with thinking, the empty block without."""
+    chat = Chat(switching)
+    text = "[gMASK]<sop><|user|>\nRead./nothink<|assistant|>\n<think></think>"
+    for answer in ("0", "<think></think>\n0", "<think>\n\n</think>\n0"):
+        sample = make_sample([ASK, {"role": "assistant", "content": answer}])
+        assert chat.render(sample) == text + "\n0"
+        assert trained(chat, [ASK, {"role": "assistant", "content": answer}]) == ["\n0<|endoftext|>"]
+    assert chat.render(make_sample([ASK, BRIEF]), generation_prompt=True) == text + "\n0<|assistant|>\n<think></think>"
+    assert trained(chat, [ASK, BRIEF, AGAIN, BRIEF]) == ["\n0<|user|>", "\n0<|endoftext|>"]
+    off = Chat(switching, Thinking(ask_for_none=False))
+    assert trained(off, [ASK, BRIEF]) == ["\n<think></think>\n0<|endoftext|>"]
 
 
 def test_a_folder_that_is_no_processor_is_refused(folder: Path, tmp_path: Path) -> None:

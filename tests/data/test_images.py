@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_glmv.data.images import MAX_PIXELS, BadPicture, EncodedPicture, PictureDecoder
+from megatron_glmv.data.images import EncodedPicture, PictureDecoder
+from megatron_glmv.data.media import MAX_PIXELS, BadMedia
 from megatron_glmv.sequence.grid import PixelLimits, image_grid, smart_resize
-from megatron_glmv.sequence.patches import normalize_patches, patchify
+from megatron_glmv.sequence.patches import cut_patches, join_frames, normalize_patches
 from tests.data.pictures import broken, draw, encode, kinds
 
 LIMITS = PixelLimits(min_pixels=12_544, max_pixels=2 * 600 * 800)
@@ -54,6 +55,11 @@ def pillow_pixels(data: bytes) -> torch.Tensor:
         return torch.from_numpy(np.array(image.convert("RGB")))
 
 
+def doubled(patches: torch.Tensor) -> torch.Tensor:
+    """Patches as the tower reads them, each picture in both places of its temporal patch."""
+    return join_frames(patches, torch.tensor([[1, len(patches)]]), torch.tensor([False]))
+
+
 def assert_equal_to_processor(decoder, processor, data: bytes) -> None:
     with Image.open(io.BytesIO(data)) as image:
         theirs = processor(images=[image.convert("RGB")], return_tensors="pt")
@@ -61,7 +67,7 @@ def assert_equal_to_processor(decoder, processor, data: bytes) -> None:
     (patches,) = decoder.decode([encoded(data)])
     assert theirs["image_grid_thw"].tolist() == [[grid.frames, grid.rows, grid.columns]]
     assert patches.dtype == torch.uint8
-    assert torch.equal(normalize_patches(patches, torch.float32), theirs["pixel_values"])
+    assert torch.equal(normalize_patches(doubled(patches), torch.float32), theirs["pixel_values"])
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -78,14 +84,14 @@ def test_every_shape_equals_the_image_processor(decoder, processor, size, form):
 def test_the_orientation_of_exif_is_not_applied(decoder):
     data = kinds(56, 84)["jpeg-rotated"]
     (patches,) = decoder.decode([EncodedPicture(data, (56, 84), (56, 84))])
-    assert torch.equal(patches, patchify(pillow_pixels(data)))
+    assert torch.equal(patches, cut_patches(pillow_pixels(data)))
 
 
 def test_alpha_is_dropped_not_blended(decoder):
     data = kinds(56, 84)["png-rgba"]
     (patches,) = decoder.decode([EncodedPicture(data, (56, 84), (56, 84))])
     with Image.open(io.BytesIO(data)) as image:
-        assert torch.equal(patches, patchify(torch.from_numpy(np.array(image)[:, :, :3])))
+        assert torch.equal(patches, cut_patches(torch.from_numpy(np.array(image)[:, :, :3].copy())))
 
 
 def test_pictures_of_a_batch_do_not_depend_on_each_other(decoder):
@@ -122,7 +128,7 @@ def test_a_bad_picture_is_named_and_its_neighbours_decode(decoder, kind, known):
     good = [encoded(data) for data in list(kinds().values())[:4]]
     bad = EncodedPicture(broken()[kind], (56, 112), (60, 100) if known else None)
     results = decoder.decode([*good[:2], bad, *good[2:]])
-    assert isinstance(results[2], BadPicture)
+    assert isinstance(results[2], BadMedia)
     assert results[2].reason
     assert "\n" not in results[2].reason
     alone = decoder.decode(good)
@@ -142,7 +148,7 @@ def test_reasons_say_what_is_wrong(decoder):
 def test_many_bad_pictures_in_one_batch(decoder):
     files = [data for pair in zip(broken().values(), list(kinds().values())[:8], strict=True) for data in pair]
     results = decoder.decode([EncodedPicture(data, (56, 112)) for data in files])
-    assert [isinstance(result, BadPicture) for result in results] == [True, False] * 8
+    assert [isinstance(result, BadMedia) for result in results] == [True, False] * 8
 
 
 def png_that_claims(height: int, width: int) -> bytes:
@@ -162,7 +168,7 @@ def test_a_claim_of_too_many_pixels_is_refused_before_decoding(decoder):
     good = encoded(encode(draw(56, 112)))
     for size in (None, (side, side)):
         results = decoder.decode([good, EncodedPicture(png_that_claims(side, side), (56, 56), size)])
-        assert results[1] == BadPicture(f"{side} x {side} pixels are over the limit of {MAX_PIXELS}")
+        assert results[1] == BadMedia(f"{side} x {side} pixels are over the limit of {MAX_PIXELS}")
         assert isinstance(results[0], torch.Tensor)
 
 
@@ -170,7 +176,7 @@ def test_another_size_than_measured_is_a_fault(decoder):
     data = encode(draw(56, 112))
     results = decoder.decode([EncodedPicture(data, (56, 112), (56, 112)), EncodedPicture(data, (56, 112), (112, 56))])
     assert isinstance(results[0], torch.Tensor)
-    assert results[1] == BadPicture("decodes to 56 x 112 pixels, 112 x 56 were measured")
+    assert results[1] == BadMedia("decodes to 56 x 112 pixels, 112 x 56 were measured")
 
 
 def test_nothing_to_decode(decoder):
@@ -188,4 +194,4 @@ def test_a_gpu_agrees():
         assert difference.float().mean() < 1.0
         assert difference.max() <= 32
     bad = gpu.decode([pictures[0], EncodedPicture(broken()["jpeg-half"], (56, 112)), pictures[1]])
-    assert [isinstance(result, BadPicture) for result in bad] == [False, True, False]
+    assert [isinstance(result, BadMedia) for result in bad] == [False, True, False]

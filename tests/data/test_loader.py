@@ -9,26 +9,33 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_glmv.config.data import DataConfig, SourceConfig
-from megatron_glmv.data import loader
+from megatron_glmv.data import row_media
+from megatron_glmv.data.images import EncodedPicture, PictureDecoder
 from megatron_glmv.data.index import ShardError
 from megatron_glmv.data.loader import DataError, RowStream, StepRows
-from megatron_glmv.data.shards import Picture, ShardReader
+from megatron_glmv.data.media import Clip, Picture
+from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.video_frames import EncodedVideo, VideoDecoder
 from megatron_glmv.sequence.packed import RowError, mask_documents
+from megatron_glmv.sequence.patches import num_flat_patches
+from tests.data import rows as rows_module
+from tests.data.clips import broken_clips, clip
 from tests.data.pictures import broken, draw, encode
-from tests.data.rows import LENGTH, SHAPE, default_pictures, measure, write_rows
+from tests.data.rows import LENGTH, SHAPE, default_pictures, measure, measure_clip, mixed_media, write_rows
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> tuple[SourceConfig, ...]:
-    """Two sources, of 11 and 5 rows, so that a few steps cross several epochs."""
+    """Two sources, of 11 rows with pictures and videos and of 5 with pictures, so that a few steps cross several epochs."""
     root = tmp_path_factory.mktemp("sources")
-    write_rows(root / "reading", 11)
+    write_rows(root / "reading", 11, pictures=mixed_media)
     write_rows(root / "counting", 5, name="c")
     return (
         SourceConfig(name="reading", path=root / "reading", weight=3.0),
@@ -104,26 +111,38 @@ def test_rows_are_complete(sources, open_stream):
         assert sum(row.document_lengths) == LENGTH
         assert all(length % 2 == 0 for length in row.document_lengths)
         assert row.patches.dtype == torch.uint8
-        assert row.patches.shape == (row.num_patches, 3 * 2 * 14 * 14)
+        assert row.patches.shape == (num_flat_patches(row.frames, row.moving), 3 * 14 * 14)
+        assert len(row.moving) == len(row.frames)
         assert len(row.visual_index) == row.num_patches // 4
         assert len(row.documents) == 2
         assert row.key.split("/")[0] in ("reading", "counting")
 
 
 def test_patches_are_those_of_the_row(sources, open_stream):
-    """Every picture stands where its document says: compared with decoding the stored bytes one by one."""
-    decoder = loader.PictureDecoder()
+    """Every picture and video stands where its document says: compared with decoding the stored bytes one by one."""
+    pictures, videos = PictureDecoder(), VideoDecoder()
     reader = ShardReader(sources[0].path)
-    row = next(row for row in open_stream(sources).step(0).rows if row.key.startswith("reading/") and row.num_patches)
-    stored = reader.read(int(row.key.split("-")[1]))
-    start = 0
-    for document, media, data in zip(stored.documents, stored.media, stored.data, strict=True):
-        for (rows, columns), listed, content in zip(document.frames, media, data, strict=True):
-            size = (rows * 14, columns * 14)
-            (patches,) = decoder.decode([loader.EncodedPicture(content, size, (listed.height, listed.width))])
-            assert torch.equal(row.patches[start : start + rows * columns], patches)
-            start += rows * columns
-    assert start == len(row.patches) > 0
+    kinds = set()
+    for row in open_stream(sources[:1], shuffle=False, global_batch_rows=11).step(0).rows:
+        stored = reader.read(int(row.key.split("-")[1]))
+        start = frame = 0
+        for document, media, data in zip(stored.documents, stored.media, stored.data, strict=True):
+            own = iter(document.frames)
+            for listed, content in zip(media, data, strict=True):
+                frames = [next(own) for _ in range(listed.num_frames)]
+                size = (frames[0][0] * 14, frames[0][1] * 14)
+                measured = (listed.height, listed.width)
+                if listed.kind == "image":
+                    (patches,) = pictures.decode([EncodedPicture(content, size, measured)])
+                else:
+                    patches = videos.decode(EncodedVideo(content, size, measured, listed.frame_indices))
+                assert torch.equal(row.patches[start : start + len(patches)], patches)
+                assert row.moving[frame : frame + len(frames)].tolist() == [listed.kind == "video"] * len(frames)
+                start, frame = start + len(patches), frame + len(frames)
+                kinds.add(listed.name.rpartition(".")[2])
+        assert (start, frame) == (len(row.patches), len(row.frames))
+    assert kinds == {"png", "jpg", "mp4", "webm", "mkv"}
+    videos.close()
 
 
 def test_ranks_without_vision_get_the_same_rows_without_patches(sources, open_stream):
@@ -166,27 +185,30 @@ def test_any_start_gives_the_same_bytes(sources, open_stream):
         stream.close()
 
 
-def test_any_number_of_replicas_gives_the_same_bytes(sources, open_stream):
-    """Two steps on 1 replica, then 2, then 4, then 1 again: what each step reads together never changes."""
-    whole = open_stream(sources)
-    expected = {step: contents(whole.step(step)) for step in range(8)}
+def test_any_number_of_replicas_and_threads_gives_the_same_bytes(sources, open_stream):
+    """On 2 replicas, then 4, then 3, with other threads and depths each time: what each step reads together never changes."""
+    whole = open_stream(sources, global_batch_rows=12)
+    expected = {step: contents(whole.step(step)) for step in range(5)}
     found = {}
-    for first, size in ((0, 1), (2, 2), (4, 4), (6, 1)):
-        streams = [open_stream(sources, data_rank=rank, data_size=size, first_step=first) for rank in range(size)]
-        for step in (first, first + 1):
+    for first, size in ((0, 2), (2, 4), (4, 3)):
+        streams = [
+            open_stream(sources, global_batch_rows=12, data_rank=rank, data_size=size, first_step=first,
+                        decode_threads=1 + size % 3, prefetch_rows=size)
+            for rank in range(size)
+        ]  # fmt: skip
+        for step in {first, min(first + 1, 4)}:
             found[step] = [row for stream in streams for row in contents(stream.step(step))]
     assert found == expected
 
 
 def test_steps_may_jump(sources, open_stream):
     """Evaluation reads the same steps again and again, and a resumed run may jump."""
-    before = threading.active_count()
     straight = open_stream(sources, shuffle=False)
     steps = [contents(straight.step(step)) for step in range(6)]
     stream = open_stream(sources, shuffle=False)
     for step in (0, 1, 2, 0, 1, 2, 5, 5, 3, 4):
         assert contents(stream.step(step)) == steps[step]
-    assert threading.active_count() <= before + 2
+    assert rows_threads() == 2
 
 
 def test_killed_at_any_moment_and_resumed(sources, open_stream):
@@ -213,7 +235,7 @@ def test_bad_pictures_are_grey_named_and_masked(tmp_path, open_stream):
     for fault in step.faults:
         row = step.rows[fault.row]
         assert row.patches.shape[0] == row.num_patches
-        grey = (row.patches == loader.GREY).all(dim=1)
+        grey = (row.patches == row_media.GREY).all(dim=1)
         # 60 x 100 pixels become 4 x 8 patches; the other sample's pictures stay as they are.
         assert int(grey.sum()) == 32
         others = [other for other in step.rows if other.key == row.key]
@@ -226,6 +248,34 @@ def test_bad_pictures_are_grey_named_and_masked(tmp_path, open_stream):
     # The next epoch finds them again, the log names each once.
     assert [fault.key for fault in stream.step(1).faults] == ["b-0-1", "b-2-0", "b-5-1"]
     assert len(log.read_text().splitlines()) == 3
+
+
+def test_bad_videos_are_grey_named_and_masked(tmp_path, open_stream, monkeypatch):
+    """A video that was cut, replaced or is another than was measured, each beside a sound picture."""
+    sound = measure_clip(clip(11, 56, 56, fps=6))
+    files = {0: b"", 2: broken_clips()["mp4-faststart-half"], 3: clip(11, 60, 60, fps=6), 5: sound.data}
+
+    def media(row, number):
+        return [replace(sound, data=files[row]), *default_pictures(0, 1)] if row in files and not number else []
+
+    frames = rows_module.frames_of
+    monkeypatch.setattr(rows_module, "frames_of", lambda item: frames(sound if isinstance(item, Clip) else item))
+    write_rows(tmp_path / "set", 6, pictures=media)
+    source = SourceConfig(name="set", path=tmp_path / "set")
+    step = open_stream([source], global_batch_rows=6, shuffle=False).step(0)
+    assert [(fault.row, fault.document, fault.key) for fault in step.faults] == [
+        (0, 0, "s-0-0"),
+        (2, 0, "s-2-0"),
+        (3, 0, "s-3-0"),
+    ]
+    assert "60 x 60 pixels, 56 x 56 were measured" in step.faults[2].reason
+    good = step.rows[5]
+    per_video = 4 * 16
+    for fault in step.faults:
+        row = step.rows[fault.row]
+        assert row.patches.shape == good.patches.shape
+        assert (row.patches[:per_video] == row_media.GREY).all()
+        assert torch.equal(row.patches[per_video:], good.patches[per_video:])
 
 
 def test_a_bad_picture_changes_nothing_else(tmp_path, open_stream):

@@ -1,0 +1,358 @@
+"""`glmv-data dedupe`: of samples that are the same or nearly so one stays, and what a benchmark contains goes.
+
+A scan hashes every sample, a plan joins the hashes of all parts, and a second pass writes what stays. Which samples count as
+nearly the same depends on what they are made of: pictures by their pictures, texts by their words, videos only by both, because
+many clips share a setting or a caption.
+
+Source: GLM-4.1V-Thinking (arXiv 2507.01006v6) section 3.1: image de-duplication; video only when video and text are both close;
+contamination checks. Runs of 13 words as evidence of contamination: Brown et al. (arXiv 2005.14165) appendix C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.corpus import arguments
+from data_tools.corpus.checks import Check, Loaded, load_record
+from data_tools.corpus.faults import Dropped, Fault
+from data_tools.corpus.job import chunk_path
+from data_tools.corpus.media import Record
+from data_tools.corpus.pipeline import Context
+from data_tools.corpus.reader import CorpusError, list_chunks, list_files
+from data_tools.similarity import (
+    U64,
+    hash_grams,
+    hash_picture,
+    hash_text,
+    label_clusters,
+    near_hashes,
+    near_texts,
+    normalise_text,
+    split_words,
+)
+
+REASONS = {
+    "duplicate_exact": "the same bytes of media and the same words as a sample that stays",
+    "duplicate_near": "nearly the same as a sample that stays",
+    "benchmark_image": "a picture or video of a benchmark",
+    "benchmark_text": "a run of --ngram words of a benchmark",
+}
+TEXT_ONLY, PICTURES, VIDEOS = range(3)
+Match = Literal["image", "text", "both"]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What must not be trained on: hashes of pictures, [n, frames] of videos, and of runs of words (sorted)."""
+
+    pictures: U64
+    videos: U64
+    grams: U64
+
+
+@dataclass(frozen=True)
+class Dedupe:
+    """The tool.
+
+    Attributes:
+        distance: bits in which hashes of near pictures differ at most.
+        resemblance: share of common character runs of near texts at least.
+        match: what makes samples with pictures near: their pictures, their texts, or both.
+        keep: which of a cluster stays: the first, or the one with the most pixels.
+        exact_only: do not look for near ones.
+        benchmarks: corpora of benchmarks.
+        ngram: words of a run.
+    """
+
+    distance: int = 6
+    resemblance: float = 0.8
+    match: Match = "image"
+    keep: Literal["first", "largest"] = "first"
+    exact_only: bool = False
+    benchmarks: tuple[Path, ...] = ()
+    ngram: int = 13
+    name: str = "dedupe"
+
+    def settings(self) -> dict[str, Any]:
+        """Limits, and the benchmarks' files by name and size."""
+        files = {label: path.stat().st_size for label, path in list_files(self.benchmarks).items()}
+        return {"distance": self.distance, "resemblance": self.resemblance, "match": self.match, "keep": self.keep,
+                "exact_only": self.exact_only, "benchmarks": files, "ngram": self.ngram}  # fmt: skip
+
+    @property
+    def scan_check(self) -> Check:
+        """Hashing needs pixels."""
+        return "decode"
+
+    def scan(self, samples: Iterator[Loaded], context: Context) -> None:
+        """Save the hashes of a chunk."""
+        features = _Features()
+        benchmark = load_benchmark(self.benchmarks, self.ngram)
+        for loaded in samples:
+            text = normalise_text(all_text(loaded.record))
+            frames = [[hash_picture(preview) for preview in medium.previews] for medium in loaded.media]
+            features.add(loaded, text, frames)
+            found = self._find_benchmark(loaded, split_words(text), frames, benchmark)
+            if found:
+                features.contaminated[loaded.position] = found
+        features.save(context.folder, context.number)
+
+    def plan(self, numbers: Sequence[int], scans: Path, folder: Path, excluded: dict[int, list[int]]) -> dict[str, Any]:
+        """Decide which samples go: one file for each chunk, and clusters.jsonl beside the output."""
+        corpus = _Corpus.load(scans, numbers, excluded)
+        dropped: dict[int, dict[int, tuple[str, str]]] = defaultdict(dict)
+        for number, position, reason, detail in corpus.contaminated:
+            dropped[number][position] = (reason, detail)
+        clusters = self._find_clusters(corpus)
+        lines = []
+        for stays, others in clusters:
+            kept = corpus.keys[stays]
+            for index in others:
+                is_exact = bool((corpus.exact[index] == corpus.exact[stays]).all())
+                reason = "duplicate_exact" if is_exact else "duplicate_near"
+                dropped[corpus.chunks[index]][corpus.positions[index]] = (reason, f"of {kept}")
+            lines.append(json.dumps({"kept": kept, "dropped": [corpus.keys[index] for index in others]}) + "\n")
+        for number in numbers:
+            chunk_path(folder, number, "json").write_text(json.dumps(list(dropped[number].items())), encoding="utf-8")
+        (folder.parent / "clusters.jsonl").write_text("".join(lines), encoding="utf-8")
+        largest = max((len(others) + 1 for _, others in clusters), default=0)
+        return {"clusters": len(clusters), "largest_cluster": largest, "contaminated": len(corpus.contaminated)}
+
+    def apply(self, samples: Iterator[Loaded], context: Context) -> Iterator[Loaded | tuple[Loaded, Dropped]]:
+        """What the plan lets stay."""
+        decided = dict(json.loads(chunk_path(context.plan, context.number, "json").read_text(encoding="utf-8")))
+        for loaded in samples:
+            if loaded.position in decided:
+                record = loaded.record
+                reason, detail = decided[loaded.position]
+                yield loaded, Dropped(record.source, record.sample.key, reason, detail, is_fault=False)
+            else:
+                yield loaded
+
+    def _find_benchmark(
+        self, loaded: Loaded, words: list[str], frames: list[list[int]], benchmark: Benchmark
+    ) -> tuple[str, str] | None:
+        for ref, medium, hashes in zip(loaded.record.media, loaded.media, frames, strict=True):
+            own = np.array(hashes, dtype=np.uint64)
+            known = benchmark.videos if medium.kind == "video" else benchmark.pictures
+            if known.shape[1] == len(own) and (np.bitwise_count(known ^ own) <= self.distance).all(axis=1).any():
+                return "benchmark_image", ref.name
+        grams = hash_grams(words, self.ngram) if len(benchmark.grams) else np.empty(0, np.uint64)
+        hits = np.flatnonzero(np.isin(grams, benchmark.grams))
+        if len(hits):
+            return "benchmark_text", " ".join(words[hits[0] : hits[0] + self.ngram])
+        return None
+
+    def _find_clusters(self, corpus: _Corpus) -> list[tuple[int, list[int]]]:
+        """For each cluster of more than one sample: the one that stays, and the others, all in corpus order."""
+        labels = self._label(corpus)
+        order = np.argsort(labels, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
+        clusters = []
+        for group in groups:
+            if len(group) > 1:
+                stays = group[0] if self.keep == "first" else group[int(np.argmax(corpus.pixels[group]))]
+                clusters.append((int(stays), [int(index) for index in group if index != stays]))
+        return sorted(clusters)
+
+    def _label(self, corpus: _Corpus) -> npt.NDArray[np.int64]:
+        if self.exact_only:
+            return np.unique(corpus.exact, axis=0, return_inverse=True)[1].reshape(-1)
+        media = self._label_media(corpus)
+        texts, inverse = np.unique(corpus.signatures, axis=0, return_inverse=True)
+        text = label_clusters(len(texts), near_texts(texts, self.resemblance))[inverse.reshape(-1)]
+        # A text that says nothing is near to nothing, unless the pictures decide.
+        uses_media = (corpus.kinds == VIDEOS) | ((corpus.kinds == PICTURES) & (self.match != "text"))
+        uses_text = (corpus.kinds != PICTURES) | (self.match != "image")
+        pairs = np.stack([np.where(uses_media, media, -1), np.where(uses_text, text, -1), corpus.kinds], axis=1)
+        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+
+    def _label_media(self, corpus: _Corpus) -> npt.NDArray[np.int64]:
+        """Equal for samples with as many pictures (or frames) of which each is near its counterpart."""
+        labels = np.full(len(corpus.kinds), -1, dtype=np.int64)
+        used = 0
+        for count in np.unique(corpus.counts[corpus.counts > 0]):
+            own = np.flatnonzero(corpus.counts == count)
+            hashes, inverse = np.unique(
+                corpus.hashes[corpus.starts[own][:, None] + np.arange(count)], axis=0, return_inverse=True
+            )
+            near = (_close_everywhere(hashes, pair, self.distance) for pair in near_hashes(hashes[:, 0].copy(), self.distance))
+            labels[own] = used + label_clusters(len(hashes), near)[inverse.reshape(-1)]
+            used += len(hashes)
+        return labels
+
+
+def _close_everywhere(
+    hashes: U64, pair: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], distance: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    left, right = pair
+    close = (np.bitwise_count(hashes[left] ^ hashes[right]) <= distance).all(axis=1)
+    return left[close], right[close]
+
+
+@dataclass
+class _Features:
+    """Hashes of a chunk's samples as they come."""
+
+    rows: list[tuple[int, int, int]] = field(default_factory=list)  # position, kind, pixels
+    exact: list[bytes] = field(default_factory=list)
+    signatures: list[npt.NDArray[np.uint32]] = field(default_factory=list)
+    hashes: list[list[int]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    contaminated: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def add(self, loaded: Loaded, text: str, frames: list[list[int]]) -> None:
+        media = loaded.media
+        kind = VIDEOS if any(medium.kind == "video" for medium in media) else PICTURES if media else TEXT_ONLY
+        digest = hashlib.sha256(text.encode())
+        for medium in media:
+            digest.update(hashlib.sha256(medium.data).digest())
+        self.rows.append((loaded.position, kind, sum(medium.width * medium.height for medium in media)))
+        self.exact.append(digest.digest()[:16])
+        self.signatures.append(hash_text(text))
+        self.hashes.append([value for hashes in frames for value in hashes])
+        self.keys.append(loaded.record.sample.key)
+
+    def save(self, folder: Path, number: int) -> None:
+        flat = [value for hashes in self.hashes for value in hashes]
+        np.savez(
+            chunk_path(folder, number, "npz"),
+            rows=np.array(self.rows, dtype=np.int64).reshape(-1, 3),
+            exact=np.frombuffer(b"".join(self.exact), dtype=np.uint64).reshape(-1, 2),
+            signatures=np.array(self.signatures, dtype=np.uint32).reshape(-1, 64),
+            hashes=np.array(flat, dtype=np.uint64),
+            counts=np.array([len(hashes) for hashes in self.hashes], dtype=np.int64),
+        )
+        tree = {"keys": self.keys, "contaminated": list(self.contaminated.items())}
+        chunk_path(folder, number, "features.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Hashes of all samples that may stay, in corpus order."""
+
+    chunks: list[int]
+    positions: list[int]
+    keys: list[str]
+    kinds: npt.NDArray[np.int64]
+    pixels: npt.NDArray[np.int64]
+    exact: U64
+    signatures: npt.NDArray[np.uint32]
+    hashes: U64
+    counts: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    contaminated: list[tuple[int, int, str, str]]
+
+    @classmethod
+    def load(cls, scans: Path, numbers: Sequence[int], excluded: dict[int, list[int]]) -> _Corpus:
+        """Without samples whose key is taken, and without those of benchmarks."""
+        chunks: list[int] = []
+        keys: list[str] = []
+        contaminated: list[tuple[int, int, str, str]] = []
+        parts: dict[str, list[npt.NDArray[Any]]] = defaultdict(list)
+        for number in numbers:
+            tree = json.loads(chunk_path(scans, number, "features.json").read_text(encoding="utf-8"))
+            found = {position: detail for position, detail in tree["contaminated"] if position not in excluded.get(number, ())}
+            contaminated += [(number, position, *detail) for position, detail in found.items()]
+            with np.load(chunk_path(scans, number, "npz")) as arrays:
+                rows, counts = arrays["rows"], arrays["counts"]
+                stay = ~np.isin(rows[:, 0], [*excluded.get(number, ()), *found])
+                parts["rows"].append(rows[stay])
+                parts["counts"].append(counts[stay])
+                parts["hashes"].append(arrays["hashes"][np.repeat(stay, counts)])
+                parts["exact"].append(arrays["exact"][stay])
+                parts["signatures"].append(arrays["signatures"][stay])
+            chunks += [number] * int(stay.sum())
+            keys += [key for key, stays in zip(tree["keys"], stay, strict=True) if stays]
+        rows, counts, hashes, exact, signatures = (
+            np.concatenate(parts[name]) for name in ("rows", "counts", "hashes", "exact", "signatures")
+        )
+        return cls(chunks, rows[:, 0].tolist(), keys, rows[:, 1], rows[:, 2], exact, signatures, hashes, counts,
+                   np.cumsum(counts) - counts, contaminated)  # fmt: skip
+
+
+def all_text(record: Record) -> str:
+    """Every text of a sample, in order."""
+    return "\n".join(item.value for message in record.sample.messages for item in message.content if item.kind == "text")
+
+
+@lru_cache(maxsize=1)
+def load_benchmark(benchmarks: tuple[Path, ...], ngram: int) -> Benchmark:
+    """Hash benchmark files, once a process; their samples are read like any others.
+
+    Raises:
+        CorpusError: a file without a sample that can be read.
+    """
+    pictures: list[int] = []
+    videos: list[list[int]] = []
+    grams = [np.empty(0, np.uint64)]
+    usable = 0
+    for chunk in list_chunks(benchmarks) if benchmarks else ():
+        for position, record in enumerate(chunk.read()):
+            if isinstance(record, Dropped):
+                continue
+            grams.append(hash_grams(split_words(normalise_text(all_text(record))), ngram))
+            usable += 1
+            try:
+                media = load_record(record, position, "decode").media
+            except Fault:
+                continue
+            for medium in media:
+                hashes = [hash_picture(preview) for preview in medium.previews]
+                if medium.kind == "video":
+                    videos.append(hashes)
+                else:
+                    pictures += hashes
+    if benchmarks and not usable:
+        raise CorpusError(f"{benchmarks[0]}: no benchmark sample can be read; they take the forms of any corpus")
+    longest = max(map(len, videos), default=0)
+    whole = [hashes for hashes in videos if len(hashes) == longest]
+    return Benchmark(np.array(pictures, np.uint64).reshape(-1, 1), np.array(whole, np.uint64).reshape(len(whole), longest),
+                     np.unique(np.concatenate(grams)))  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `glmv-data dedupe`."""
+    codes = "\n".join(f"  {code:18}{meaning}" for code, meaning in REASONS.items())
+    parser.description = f"Of samples that are nearly the same one stays; clusters.jsonl lists them.\n\nreasons:\n{codes}\n" + (
+        "\nSamples with pictures are near by --match, texts by their words, videos only by frames and words.\n"
+        "Two passes: with --part, run every part until it says complete, or use --wait.\n" + arguments.HELP
+    )
+    arguments.add_arguments(parser)
+    group = parser.add_argument_group("likeness")
+    group.add_argument("--distance", type=int, default=6, help="bits of 64 in which near pictures differ (default %(default)s)")
+    group.add_argument("--resemblance", type=float, default=0.8, help="overlap of near texts (default %(default)s)")
+    group.add_argument("--match", choices=("image", "text", "both"), default="image",
+                       help="what makes samples with pictures near (default %(default)s)")  # fmt: skip
+    group.add_argument(
+        "--keep", choices=("first", "largest"), default="first", help="which of them stays (default %(default)s)"
+    )
+    group.add_argument("--exact-only", action="store_true", help="same bytes and same words only")
+    group.add_argument(
+        "--benchmark", type=Path, action="append", default=[], metavar="FILE", help="drop what this corpus contains"
+    )
+    group.add_argument("--ngram", type=int, default=13, help="words in a row that show contamination (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the tool and print its report.
+
+    Raises:
+        CorpusError: a limit out of its range, or a benchmark that cannot be read.
+    """
+    if not 0 <= args.distance <= 11 or not 0 < args.resemblance <= 1 or args.ngram < 1:
+        raise CorpusError("--distance from 0 to 11, --resemblance above 0 and at most 1, --ngram at least 1")
+    tool = Dedupe(args.distance, args.resemblance, args.match, args.keep, args.exact_only, tuple(args.benchmark), args.ngram)
+    load_benchmark(tool.benchmarks, tool.ngram)
+    arguments.run_over_corpus(args, tool)

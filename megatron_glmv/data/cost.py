@@ -1,0 +1,75 @@
+"""What a document costs in training beyond its tokens, so that rows can be packed to cost alike.
+
+Rows of equal length cost the same in the decoder's matrices, padding included. What differs is attention, which grows with the
+square of each document's length, and the vision tower, which grows with patches and with the square of each frame's. A replica
+waits for the slowest of its peers in every step, so these parts should be even over rows.
+
+Costs are in tokens: the work that the decoder's matrices do for one token is 1. Forward and backward passes keep the ratios,
+but for the patch embedding, whose input needs no gradient.
+
+Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_glmv.config.model import ModelShape, TextShape, VisionShape
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of the parts of a document, in tokens.
+
+    Attributes:
+        pair: of one pair of tokens in the decoder's causal attention.
+        patch: of one patch in the vision tower and the merger.
+        patch_pair: of one pair of patches of a frame in the vision tower's attention.
+    """
+
+    pair: float
+    patch: float
+    patch_pair: float
+
+    def extra(self, lengths: npt.ArrayLike, patches: npt.ArrayLike, squared_patches: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """What documents cost beyond one for each token.
+
+        Args:
+            lengths: [n] tokens of each document.
+            patches: [n] patches of all its frames.
+            squared_patches: [n] sum over its frames of the square of the frame's patches.
+
+        Returns:
+            [n], in tokens.
+        """
+        tokens = np.asarray(lengths, dtype=np.float64)
+        visual = self.patch * np.asarray(patches, np.float64) + self.patch_pair * np.asarray(squared_patches, np.float64)
+        return self.pair * tokens * (tokens + 1) / 2 + visual
+
+
+def cost_model(shape: ModelShape) -> CostModel:
+    """The costs for a model of this shape."""
+    token = _token(shape.text)
+    pair = 2 * shape.text.num_heads * shape.text.head_dim * shape.text.num_layers
+    patch_pair = 2 * shape.vision.hidden_size * shape.vision.num_layers
+    return CostModel(pair / token, _patch(shape.vision) / token, patch_pair / token)
+
+
+def _token(text: TextShape) -> float:
+    """Multiply-adds of one token in the decoder's matrices and the head."""
+    width = text.hidden_size
+    query, key_value = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    layer = width * (query + 2 * key_value) + query * width + 3 * width * text.ffn_hidden_size
+    return layer * text.num_layers + width * text.vocab_size
+
+
+def _patch(vision: VisionShape) -> float:
+    """Multiply-adds of one patch in the tower's matrices, and its share of a merged token."""
+    width, merged = vision.hidden_size, vision.out_hidden_size
+    block = 4 * width**2 + 3 * width * vision.ffn_hidden_size
+    merger = merged**2 + 3 * merged * vision.merger_ffn_hidden_size
+    tower = vision.patch_dim * width + block * vision.num_layers
+    return tower + width * merged + merger / vision.spatial_merge_size**2
