@@ -57,8 +57,9 @@ def main() -> None:
         ours = describe_plan(plan, samples, shape, row_length=ROW_LENGTH)
         plain = describe_plan(pack_only(lengths, num_ranks), samples, shape, row_length=ROW_LENGTH)
         print(
-            f"| {num_ranks} | {count} | {ours.padded_micro_steps} | {ours.micro_steps} | {ours.fill:.3f} | {ours.compute_skew:.3f} "
-            f"| {plain.compute_skew:.3f} | {ours.token_skew:.3f} | {plain.token_skew:.3f} | {seconds:.2f} |"
+            f"| {num_ranks} | {count} | {ours.padded_micro_steps} | {ours.micro_steps} | {ours.fill:.3f} "
+            f"| {ours.compute_skew:.3f} | {plain.compute_skew:.3f} | {ours.token_skew:.3f} | {plain.token_skew:.3f} "
+            f"| {seconds:.2f} |"
         )
 
 

@@ -208,7 +208,9 @@ class Curriculum:
 
     def _count_streak(self, place: int, iteration: int, outcome: Outcome) -> None:
         """Follow visits in a row without a gradient, and drop a prompt that has had enough of them."""
-        steady = outcome.num_judged >= 2 and (outcome.is_binary or outcome.spread < STEADY_SPREAD)
+        if outcome.num_judged < 2:
+            return
+        steady = outcome.is_binary or outcome.spread < STEADY_SPREAD
         streak = int(self._streak[place])
         if steady and outcome.pass_rate == 1:
             streak = max(streak, 0) + 1

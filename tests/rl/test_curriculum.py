@@ -138,7 +138,7 @@ def test_prompts_that_stay_trivial_or_unsolvable_are_dropped():
         make_group([1.0, None], "p4"),
     ]
     for iteration in range(3):
-        curriculum.observe(iteration, wave)
+        curriculum.observe(iteration, [*wave, make_group([0.0, None], "p0"), make_group([1.0], "p1")])
     assert sorted(curriculum.draw(3, 3)) == ["p2", "p3", "p4"]
     report = curriculum.report()
     assert (report["dropped/trivial"], report["dropped/unsolvable"]) == (1, 1)
