@@ -35,7 +35,7 @@ class Undefined(ValueError):
     """A formula has no value at a point: division by zero, the logarithm of zero."""
 
 
-def evaluate(node: Node, at: Mapping[str, Fraction] = {}) -> Value:  # noqa: B006 - never written to
+def evaluate(node: Node, at: Mapping[str, Fraction] = {}) -> Value:
     """The value of a formula.
 
     Args:
@@ -179,10 +179,12 @@ def close(value: Value, reference: Value, tolerance: float) -> bool:
 def points(symbols: frozenset[str]) -> list[dict[str, Fraction]]:
     """The points at which formulas are compared: the first half positive, the same ones in every process."""
     names = sorted(symbols)
-    draw = random.Random(20250701)  # noqa: S311 - not for secrets
+    draw = random.Random(20250701)
     found = []
     for number in range(_NUM_POINTS):
-        negative = number - _NUM_POINTS // 2  # the first of the second half has all symbols below zero, the others every other one
+        negative = (
+            number - _NUM_POINTS // 2
+        )  # the first of the second half has all symbols below zero, the others every other one
         signs = [-1 if negative == 0 or (negative > 0 and (place + negative) % 2) else 1 for place in range(len(names))]
         found.append({name: Fraction(sign * draw.randint(200, 1999), 1009) for name, sign in zip(names, signs, strict=True)})
     return found

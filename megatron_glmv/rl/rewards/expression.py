@@ -28,7 +28,31 @@ FUNCTIONS = {
 }  # fmt: skip
 """Names of functions -> what `evaluation` calls them. log without a base is the decimal one."""
 CONSTANTS = {"pi": "pi", "e": "e", "i": "i"}
-_LETTERS = frozenset("alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega infty".split())
+_LETTERS = frozenset(
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "infty",
+    ]
+)
 
 
 class NotAnExpression(ValueError):
@@ -179,7 +203,9 @@ class _Parser:
 
     def begins_factor(self) -> bool:
         kind, token = self.kind(), self.peek()
-        return kind in ("number", "name", "command") or (kind == "mark" and (token in "([{" or (token == "|" and not self.bars)))
+        return kind in ("number", "name", "command") or (
+            kind == "mark" and (token in "([{" or (token == "|" and not self.bars))
+        )
 
     def signed(self) -> Node:
         minus = False

@@ -6,12 +6,14 @@ by splitting at marks outside of brackets.
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from megatron_glmv.rl.rewards.evaluation import Undefined, evaluate, equal, points
+from megatron_glmv.rl.rewards.evaluation import Undefined, equal, evaluate, points
 from megatron_glmv.rl.rewards.expression import Node, NotAnExpression, parse
 from megatron_glmv.rl.rewards.notation import TooLarge, number_word, plain
 
@@ -25,6 +27,19 @@ _MATRIX = re.compile(r"\\begin\{([pbv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\
 _NAME_IS = re.compile(r"\s*(?:\\?[A-Za-z]+(?:_\{?\w{1,8}\}?)?'?(?:\([A-Za-z, ]{1,9}\))?)\s*")
 
 Kind = Literal["value", "list", "tuple", "union", "relation"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When two numbers are equal.
+
+    Attributes:
+        tolerance: relative, of values.
+        wholes: of two numbers that are both written as integers; None: within the tolerance, as all others.
+    """
+
+    tolerance: float
+    wholes: Callable[[int, int], bool] | None = operator.eq
 
 
 @dataclass(frozen=True)
@@ -85,10 +100,10 @@ def _read(text: str) -> Form:
     return Form("value", node=node, name=name)
 
 
-def _all(parts: list[str], read_part: object) -> tuple[Form, ...]:
+def _all(parts: list[str], read_part: Callable[[str], Form]) -> tuple[Form, ...]:
     if len(parts) > MAX_ITEMS:
         raise TooLarge(f"{len(parts)} values, more than {MAX_ITEMS}")
-    return tuple(read_part(part.strip()) for part in parts)  # type: ignore[operator]
+    return tuple(read_part(part.strip()) for part in parts)
 
 
 def whole_number(text: str) -> int | None:
@@ -120,7 +135,7 @@ def _cut_name(text: str) -> tuple[str, str]:
 
 
 def _last_side(text: str) -> str:
-    """y = 2 * 3 = 6: the last side."""
+    """Y = 2 * 3 = 6: the last side."""
     sides = [side.strip() for side in re.split(r"(?<![<>!])=|≈", text)]
     return sides[-1] if all(sides) else text.strip()
 
@@ -160,18 +175,18 @@ def _group(text: str) -> Form | None:
     return Form("tuple", _all(parts, _read), marks=text[0] + text[-1]) if len(parts) > 1 else None
 
 
-def _relation(left: str, operator: str, right: str) -> Form:
+def _relation(left: str, sign: str, right: str) -> Form:
     """Left minus right, with > turned into <."""
     if _RELATION.search(right):
         raise NotAnExpression("two relations in one")
     sides = (parse(left), parse(right))
-    if operator in (">", ">="):
-        sides, operator = (sides[1], sides[0]), operator.replace(">", "<")
+    if sign in (">", ">="):
+        sides, sign = (sides[1], sides[0]), sign.replace(">", "<")
     difference = Node("sum", (sides[0], Node("negative", (sides[1],))))
-    return Form("relation", node=difference, marks=operator)
+    return Form("relation", node=difference, marks=sign)
 
 
-def same(answer: Form, reference: Form, tolerance: float) -> bool | None:
+def same(answer: Form, reference: Form, rule: Rule) -> bool | None:
     """Whether two answers are equal; None where this cannot tell.
 
     Raises:
@@ -184,26 +199,27 @@ def same(answer: Form, reference: Form, tolerance: float) -> bool | None:
     if answer.kind != reference.kind or len(answer.items) != len(reference.items):
         return False
     if answer.kind == "value":
-        return _same_value(answer, reference, tolerance)
+        return _same_value(answer, reference, rule)
     if answer.kind == "relation":
-        return _same_relation(answer, reference, tolerance)
+        return _same_relation(answer, reference, rule)
     if answer.kind == "tuple":
         if answer.marks != reference.marks:
             return False
-        return _every([same(a, b, tolerance) for a, b in zip(answer.items, reference.items, strict=True)])
-    return _same_unordered(answer.items, reference.items, tolerance)
+        return _every([same(a, b, rule) for a, b in zip(answer.items, reference.items, strict=True)])
+    return _same_unordered(answer.items, reference.items, rule)
 
 
-def _same_value(answer: Form, reference: Form, tolerance: float) -> bool | None:
+def _same_value(answer: Form, reference: Form, rule: Rule) -> bool | None:
     if answer.whole is not None and reference.whole is not None:
-        return answer.whole == reference.whole
+        if answer.whole == reference.whole or rule.wholes is not None:
+            return answer.whole == reference.whole or (rule.wholes is not None and rule.wholes(answer.whole, reference.whole))
     if answer.node is None or reference.node is None:
         raise TooLarge("a number of more than 100 digits")
-    return equal(answer.node, reference.node, tolerance)
+    return equal(answer.node, reference.node, rule.tolerance)
 
 
 def _as_relation(form: Form) -> Form:
-    """y = 2x + 1 as y - (2x + 1) = 0; everything else as it is."""
+    """Y = 2x + 1 as y - (2x + 1) = 0; everything else as it is."""
     if form.kind != "value" or not form.name or form.node is None:
         return form
     try:
@@ -213,11 +229,11 @@ def _as_relation(form: Form) -> Form:
     return Form("relation", node=Node("sum", (left, Node("negative", (form.node,)))), marks="=")
 
 
-def _same_unordered(answers: tuple[Form, ...], references: tuple[Form, ...], tolerance: float) -> bool | None:
+def _same_unordered(answers: tuple[Form, ...], references: tuple[Form, ...], rule: Rule) -> bool | None:
     """Whether the answers are the references in any order."""
     left, unclear = list(references), False
     for item in answers:
-        verdicts = [same(item, other, tolerance) for other in left]
+        verdicts = [same(item, other, rule) for other in left]
         if True not in verdicts:
             if None not in verdicts:
                 return False
@@ -231,7 +247,7 @@ def _every(verdicts: list[bool | None]) -> bool | None:
     return False if False in verdicts else None if None in verdicts else True
 
 
-def _same_relation(answer: Form, reference: Form, tolerance: float) -> bool | None:
+def _same_relation(answer: Form, reference: Form, rule: Rule) -> bool | None:
     """Equal up to a factor that is the same everywhere, and positive for inequalities."""
     if answer.marks != reference.marks or answer.node is None or reference.node is None:
         return False
@@ -247,7 +263,7 @@ def _same_relation(answer: Form, reference: Form, tolerance: float) -> bool | No
     first_a, first_b = ratios[0]
     for a, b in ratios[1:]:
         left, right = _product(a, first_b), _product(b, first_a)
-        if abs(left - right) > max(tolerance, 1e-9) * abs(right):
+        if abs(left - right) > max(rule.tolerance, 1e-9) * abs(right):
             return False
     factor = complex(first_a) / complex(first_b)
     return factor.real > 0 if "<" in answer.marks else True
