@@ -15,7 +15,8 @@ from megatron_glmv.config.rewards import Hack
 from megatron_glmv.rl.rewards.notation import folded
 
 MIN_COPIED_CHARACTERS = 20
-_NUMBER = r"[+-]?\$?\d[\d,.]{0,30}%?"
+_NUMBER = r"[+-]?\$?\d[\d.]{0,30}%?"
+_SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def _any(*patterns: str) -> re.Pattern[str]:
@@ -75,10 +76,10 @@ def find_hack(
     Returns:
         (detector, the words it fired on), or None.
     """
-    text, right = folded(answer), folded(reference)
+    text, right = _SEPARATOR.sub("", folded(answer)), _SEPARATOR.sub("", folded(reference))
     for detector in detectors:
         if detector == "copy":
-            if words := _copied(text, right, folded(question)):
+            if words := _copied(folded(answer), folded(reference), folded(question)):
                 return detector, words
             continue
         for patterns in (_NUMERIC, _ANY) if numeric else (_ANY,):

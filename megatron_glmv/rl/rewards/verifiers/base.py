@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, final
 
 from megatron_glmv.config.base import InputError
-from megatron_glmv.config.rewards import DomainConfig
+from megatron_glmv.config.rewards import DomainConfig, JudgedConfig
 from megatron_glmv.rl.rewards.hacks import find_hack
 from megatron_glmv.rl.rewards.notation import folded, number_word
 from megatron_glmv.rl.types import Reward, Task
@@ -28,11 +28,12 @@ class Question:
     """What the rules could not say, for the judge or the reward model.
 
     Attributes:
-        prompt: name of the prompt in rewards/prompts; "" for the reward model.
+        prompt: name of the prompt in rewards/prompts, or the path of another.
         graded: whether a score in [0, 1] is asked for instead of correct or incorrect.
         question, reference, answer: texts for the prompt.
         without: the reward where there is nobody to ask.
         correct_from: score from which a graded answer counts as correct.
+        scored: whether the reward model is asked first.
         media: pictures of the task.
     """
 
@@ -43,6 +44,7 @@ class Question:
     answer: str
     without: Reward
     correct_from: float = 1.0
+    scored: bool = False
     media: tuple[str, ...] = ()
 
 
@@ -55,7 +57,7 @@ class Verifier(ABC, Generic[S]):
 
     numeric: ClassVar[bool] = False
     """Whether a number is always asked for."""
-    prompt: ClassVar[str] = "equivalent"
+    prompt: ClassVar[str] = "short_answer"
     """Name of the judge's prompt."""
     exact: ClassVar[bool] = True
     """Whether an answer whose text is the reference's is right before anything else is looked at."""
@@ -99,10 +101,19 @@ class Verifier(ABC, Generic[S]):
 
     def ask(self, task: Task, answer: str, without: Reward, *, graded: bool = False) -> Reward | Question:
         """Ask the judge, if the domain may and there is something to judge; else `without`."""
-        if not getattr(self.settings, "judge", False) or not answer.strip():
+        if not isinstance(self.settings, JudgedConfig) or not self.settings.judge or not answer.strip():
             return without
         correct_from = self.settings.correct_from
-        return Question(self.prompt, graded, task.question, text_of(task.answer), answer, without, correct_from, task.media)
+        return Question(
+            str(self.settings.prompt or self.prompt),
+            graded,
+            task.question,
+            text_of(task.answer),
+            answer,
+            without,
+            correct_from,
+            media=task.media,
+        )
 
 
 RIGHT = Reward(1.0, True, "right")

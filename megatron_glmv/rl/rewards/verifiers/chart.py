@@ -7,6 +7,7 @@ extraction refused the answer tags that the format gate demanded.
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 from megatron_glmv.config.rewards import ChartConfig
 from megatron_glmv.rl.rewards.forms import Rule
@@ -21,6 +22,8 @@ _POWERS = {"thousand": 3, "k": 3, "million": 6, "mn": 6, "m": 6, "billion": 9, "
 
 class ChartVerifier(NumericVerifier[ChartConfig]):
     """Values read from a chart."""
+
+    prompt: ClassVar[str] = "chart"
 
     @property
     def rule(self) -> Rule:

@@ -37,6 +37,7 @@ class CountingVerifier(Verifier[CountingConfig]):
     """Whole numbers."""
 
     numeric: ClassVar[bool] = True
+    prompt: ClassVar[str] = "short_answer"
 
     def compare(self, task: Task, answer: str) -> Reward | Question:
         """Equal whole numbers."""

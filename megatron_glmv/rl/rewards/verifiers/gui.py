@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from megatron_glmv.config.rewards import GuiConfig
 from megatron_glmv.rl.rewards.geometry import Box, iou, is_box, numbers, read_boxes, read_point
@@ -56,8 +56,6 @@ _MAX_PARTS = 12
 
 class GuiVerifier(Verifier[GuiConfig]):
     """Actions, places and questions on screens."""
-
-    prompt: ClassVar[str] = "equivalent"
 
     def compare(self, task: Task, answer: str) -> Reward | Question:
         """An action, a place or a text, by what the reference is."""

@@ -6,7 +6,7 @@ zai-org/GLM-V 8fc9756 sent "3 m" = "3 m" to the judge.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from megatron_glmv.config.rewards import PhysicsConfig, UnitsConfig
 from megatron_glmv.rl.rewards.evaluation import Undefined, close
@@ -23,6 +23,8 @@ _ANGLE = BASES.index("rad")
 
 class UnitsVerifier(NumericVerifier[U]):
     """What verifiers of quantities share."""
+
+    prompt: ClassVar[str] = "quantity"
 
     def compare(self, task: Task, answer: str) -> Reward | Question:
         """Equal as quantities, else as formulas, else the judge."""
