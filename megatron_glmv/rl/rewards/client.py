@@ -1,7 +1,7 @@
-"""Asking a server over HTTP: retries with growing waits, a rest for one that is down, a limit on time and size, a cache, a meter.
+"""Asking a server over HTTP: retries with growing waits, a rest for one that is down, limits on time and size, cache, meter.
 
-The judge and the reward model share it, so both follow the same rules. The bearer token is read from an environment variable when
-a request is sent; it is in no message, no cache key and no log.
+The judge and the reward model share it, so both follow the same rules. The bearer token is read from an environment variable
+when a request is sent; it is in no message, no cache key and no log.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class ServerClient:
         with self._lock:
             health = self._health.setdefault(endpoint.url, _Health())
             if time.monotonic() < health.down_until:
-                self.meter.failures += 1
+                self.meter.add(failures=1)
                 raise ServerFailed("down", f"{endpoint.url}: left alone after {health.failures} failures in a row")
 
     def _note(self, endpoint: EndpointConfig, *, failed: bool) -> None:

@@ -117,9 +117,9 @@ def _root(value: Value, index: Value) -> Value:
 
 
 _REAL: dict[str, Callable[[Any], Any]] = {
-    "sin": _context.sin, "cos": _context.cos, "tan": _context.tan, "cot": _context.cot, "sec": _context.sec, "csc": _context.csc,
-    "asin": _context.asin, "acos": _context.acos, "atan": _context.atan, "sinh": _context.sinh, "cosh": _context.cosh,
-    "tanh": _context.tanh, "exp": _context.exp, "sqrt": _context.sqrt,
+    "sin": _context.sin, "cos": _context.cos, "tan": _context.tan, "cot": _context.cot, "sec": _context.sec,
+    "csc": _context.csc, "asin": _context.asin, "acos": _context.acos, "atan": _context.atan, "sinh": _context.sinh,
+    "cosh": _context.cosh, "tanh": _context.tanh, "exp": _context.exp, "sqrt": _context.sqrt,
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """A parser of formulas: text to a small tree, with limits on length, depth, size and digits.
 
-Model output must not reach anything that evaluates text (sympy's sympify and parse_expr call eval), so this reads a fixed grammar
-of numbers, symbols, a list of functions, + - * / ^ ! % and brackets, and refuses everything else. It builds a tree and computes
-nothing; `evaluation` does, with limits of its own.
+Model output must not reach anything that evaluates text (sympy's sympify and parse_expr call eval), so this reads a fixed
+grammar of numbers, symbols, a list of functions, + - * / ^ ! % and brackets, and refuses everything else. It builds a tree and
+computes nothing; `evaluation` does, with limits of its own.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Kind = Literal["number", "constant", "symbol", "sum", "product", "negative", "in
 
 FUNCTIONS = {
     "sin": "sin", "cos": "cos", "tan": "tan", "cot": "cot", "sec": "sec", "csc": "csc", "arcsin": "asin", "arccos": "acos",
-    "arctan": "atan", "asin": "asin", "acos": "acos", "atan": "atan", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh", "ln": "ln",
-    "log": "log", "lg": "log", "exp": "exp", "sqrt": "sqrt", "abs": "abs",
+    "arctan": "atan", "asin": "asin", "acos": "acos", "atan": "atan", "sinh": "sinh", "cosh": "cosh", "tanh": "tanh",
+    "ln": "ln", "log": "log", "lg": "log", "exp": "exp", "sqrt": "sqrt", "abs": "abs",
 }  # fmt: skip
 """Names of functions -> what `evaluation` calls them. log without a base is the decimal one."""
 CONSTANTS = {"pi": "pi", "e": "e", "i": "i"}
@@ -196,7 +196,7 @@ class _Parser:
                 return factors[0] if len(factors) == 1 else self.node("product", *factors)
 
     def mixed(self, whole: Node, fraction: Node) -> Node:
-        """2\\frac{1}{3} is 2 + 1/3 where all three are whole numbers, else a product."""
+        r"""2\frac{1}{3} is 2 + 1/3 where all three are whole numbers, else a product."""
         numbers = [whole, *fraction.args[:1], *(fraction.args[1].args if len(fraction.args) == 2 else ())]
         is_mixed = len(numbers) == 3 and all(part.kind == "number" and part.value.denominator == 1 for part in numbers)
         return self.node("sum" if is_mixed else "product", whole, fraction)
@@ -281,7 +281,7 @@ class _Parser:
         return self.node("symbol", name=name + self.subscript())
 
     def argument(self) -> Node:
-        """What follows \\frac or \\sqrt: a group, one digit, or one letter."""
+        r"""What follows \frac or \sqrt: a group, one digit, or one letter."""
         if self.kind() == "number":
             digits = self.peek()
             if len(digits) > 1 and digits.isdigit():
@@ -328,7 +328,7 @@ class _Parser:
                 continue
             if self.peek() == "{":
                 self.take()
-                parts = []
+                parts: list[str] = []
                 while self.peek() not in ("}", "") and len(parts) < 20:
                     parts.append(self.take())
                 self.take("}")

@@ -35,11 +35,11 @@ class Rule:
 
     Attributes:
         tolerance: relative, of values.
-        wholes: of two numbers that are both written as integers; None: within the tolerance, as all others.
+        wholes: of two numbers that are both written as integers.
     """
 
     tolerance: float
-    wholes: Callable[[int, int], bool] | None = operator.eq
+    wholes: Callable[[int, int], bool] = operator.eq
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _split(text: str, marks: str) -> list[str]:
 
 
 def _group(text: str) -> Form | None:
-    """(a, b), [a, b), \\{a, b\\}, {a, b}: one bracket around several values; None for everything else."""
+    r"""(a, b), [a, b), \{a, b\}, {a, b}: one bracket around several values; None for everything else."""
     is_set = text.startswith("\\{") and text.endswith("\\}")
     inner = text[2:-2] if is_set else text[1:-1]
     if len(text) < 2 or not (is_set or (text[0] in _OPEN and text[-1] in _CLOSE)):
@@ -211,8 +211,7 @@ def same(answer: Form, reference: Form, rule: Rule) -> bool | None:
 
 def _same_value(answer: Form, reference: Form, rule: Rule) -> bool | None:
     if answer.whole is not None and reference.whole is not None:
-        if answer.whole == reference.whole or rule.wholes is not None:
-            return answer.whole == reference.whole or (rule.wholes is not None and rule.wholes(answer.whole, reference.whole))
+        return rule.wholes(answer.whole, reference.whole)
     if answer.node is None or reference.node is None:
         raise TooLarge("a number of more than 100 digits")
     return equal(answer.node, reference.node, rule.tolerance)

@@ -20,7 +20,7 @@ _BETWEEN = re.compile(r"[\s,;\[\]]*")
 
 
 def read_boxes(text: str) -> list[Box] | None:
-    """All boxes of a text that holds nothing else: [1, 2, 3, 4] or [[1, 2, 3, 4], [5, 6, 7, 8]]; None if it holds other things."""
+    """All boxes of a text that holds nothing else, [1, 2, 3, 4] or [[1, 2, 3, 4], [5, 6, 7, 8]]; else None."""
     boxes = [_floats(found) for found in _BOX.findall(text)]
     return boxes if _BETWEEN.fullmatch(_BOX.sub(" ", text)) else None  # type: ignore[return-value]
 

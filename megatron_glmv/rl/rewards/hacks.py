@@ -1,4 +1,4 @@
-"""Answers that try to be right without saying what: intervals, hedges, several answers, talk about the reference or to the judge.
+"""Answers that try to be right without saying what: intervals, hedges, several answers, talk about the reference or the judge.
 
 After hundreds of iterations a policy finds such answers where a judge is weak: "a correct number between 0 and 10" for a count,
 "very close to the speed of light" for a speed. A detector that also fires on the reference is silent: there the phrase belongs.
@@ -27,35 +27,47 @@ _NUMERIC: dict[Hack, re.Pattern[str]] = {
     "interval": _any(
         r"\bbetween\b", r"\b(?:in|within|over) (?:the|a) (?:range|interval)\b", r"\bfrom .{1,40} (?:to|up to) ",
         rf"^(?:\\approx|≈|~)?\s*{_NUMBER}\s{{0,3}}(?:-|~|to|\.\.\.?)\s{{0,3}}{_NUMBER}(?:\s?[a-z%°]{{0,12}})?$",
-        r"\b(?:at (?:least|most)|(?:more|less|greater|fewer|higher|lower|bigger|smaller) than|up to|or (?:more|less|fewer)|below|above)\b",
+        r"\b(?:at (?:least|most)|up to|or (?:more|less|fewer)|below|above)\b",
+        r"\b(?:more|less|greater|fewer|higher|lower|bigger|smaller) than\b",
         r"介于|之间|不超过|不少于|至少|至多|以上|以下|大于|小于",
     ),
     "hedge": _any(
         r"\b(?:approximately|approx|about|around|roughly|nearly|almost|circa|some \d|close to|near to|or so|give or take)\b",
         r"大约|大概|左右|接近|差不多|约\s?\d",
     ),
-    "several": _any(r"\bor\b", r"\band/or\b", r"\beither\b", r"或",
-                    rf"^{_NUMBER}(?:\s{{0,3}}(?:,|;|、|\band\b|&)\s{{0,3}}{_NUMBER}){{1,50}}$"),
-    "vague": _any(r"\ban? (?:\w{1,12} ){0,2}(?:number|value|amount|quantity|integer|count)\b", r"\bsome(?:thing| number| value)\b",
-                  r"\b(?:several|many|a few|various)\b", r"某个|一些|若干|几个"),
+    "several": _any(
+        r"\bor\b", r"\band/or\b", r"\beither\b", r"或",
+        rf"^{_NUMBER}(?:\s{{0,3}}(?:,|;|、|\band\b|&)\s{{0,3}}{_NUMBER}){{1,50}}$",
+    ),
+    "vague": _any(
+        r"\ban? (?:\w{1,12} ){0,2}(?:number|value|amount|quantity|integer|count)\b",
+        r"\bsome(?:thing| number| value)\b|\b(?:several|many|a few|various)\b", r"某个|一些|若干|几个",
+    ),
 }  # fmt: skip
 """Where the reference is a number."""
 _ANY: dict[Hack, re.Pattern[str]] = {
-    "hedge": _any(r"\b(?:probably|maybe|perhaps|possibly|presumably|i (?:think|guess|believe|am not sure))\b", r"可能|也许|或许|大概"),
-    "several": _any(r"\bor\b", r"\band/or\b", r"\beither\b", r"或者",
-                    r"^\(?[a-h]\)?(?:\s{0,3}(?:,|;|/|、|&|\band\b|\s)\s{0,3}\(?[a-h]\)?){1,8}\.?$"),
-    "vague": _any(r"\bsome(?:thing|one|where|body)\b", r"\bone of (?:the|these|them)\b", r"\ball of the above\b", r"某个|某些"),
+    "hedge": _any(
+        r"\b(?:probably|maybe|perhaps|possibly|presumably)\b|\bi (?:think|guess|believe|am not sure)\b", r"可能|也许|或许|大概"
+    ),
+    "several": _any(
+        r"\bor\b", r"\band/or\b", r"\beither\b", r"或者",
+        r"^\(?[a-h]\)?(?:\s{0,3}(?:,|;|/|、|&|\band\b|\s)\s{0,3}\(?[a-h]\)?){1,8}\.?$",
+    ),
+    "vague": _any(
+        r"\bsome(?:thing|one|where|body)\b", r"\bone of (?:the|these|them)\b", r"\ball of the above\b", r"某个|某些"
+    ),
     "reference": _any(
         r"\b(?:same|identical|equal|equivalent|matches|according) (?:as|to|with)? ?(?:the |what )?(?:\w{1,12} )?"
         r"(?:reference|ground truth|correct|expected|standard|answer|solution|label)",
-        r"\b(?:reference|correct|right|expected|standard|true|ground[- ]truth|given) (?:answer|solution|number|value|label)\b",
-        r"\bground[- ]truth\b", r"\bthe answer is (?:correct|right|true|as)\b", r"(?:参考|标准|正确)(?:的)?答案|答案(?:是)?正确",
+        r"\b(?:reference|correct|right|expected|standard|true|given) (?:answer|solution|number|value|label)\b",
+        r"\bground[- ]truth\b|\bthe answer is (?:correct|right|true|as)\b", r"(?:参考|标准|正确)(?:的)?答案|答案(?:是)?正确",
     ),
     "judge": _any(
-        r"\b(?:ignore|disregard|forget) (?:all |any )?(?:of )?(?:the |your |my )?(?:previous|above|prior|earlier|other|system)\b",
-        r"\byou are (?:an? |the )?(?:\w{1,12} )?(?:judge|grader|evaluator|assistant)\b", r"\bverdict\b", r"\bscore\s{0,3}[:=]\s{0,3}\d",
+        r"\b(?:ignore|disregard|forget) (?:all |any )?(?:of )?(?:the |your |my )?(?:previous|above|prior|earlier|other)\b",
+        r"\byou are (?:an? |the )?(?:\w{1,12} )?(?:judge|grader|evaluator|assistant)\b",
         r"\b(?:mark|grade|rate|judge|score|accept|treat|consider) (?:this|it|me|the answer|my answer|the response)\b",
-        r"\bfull (?:marks?|score|credit|points)\b", r"\bsystem prompt\b", r"<\|", r"忽略(?:以上|之前|前面)|判(?:为|定为)?正确|给(?:出)?满分",
+        r"\bverdict\b|\bscore\s{0,3}[:=]\s{0,3}\d|\bfull (?:marks?|score|credit|points)\b|\bsystem prompt\b|<\||<<<|>>>",
+        r"忽略(?:以上|之前|前面)|判(?:为|定为)?正确|给(?:出)?满分",
     ),
 }  # fmt: skip
 """Everywhere."""

@@ -28,25 +28,31 @@ _TEXT = re.compile(
     r"\\(?:text|textrm|textbf|textit|mathrm|mathbf|mathit|mathsf|rm|bf|operatorname|mbox|unit|hbox|boldsymbol)\*?\s*\{([^{}]*)\}"
 )
 _SIZES = re.compile(r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|textstyle|limits|rm|bf)(?![A-Za-z])\s*\.?")
-_SPACES = re.compile(r"\\(?:[,;:!> ]|quad|qquad|hspace\{[^{}]*\})(?![A-Za-z])|~")
+_SPACES = re.compile(r"\\(?:[,;:!> ]|q?quad(?![A-Za-z])|hspace\{[^{}]*\})|~")
 _COMMANDS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=",
     "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=", "approx": "≈", "dfrac": "\\frac", "tfrac": "\\frac",
-    "cfrac": "\\frac", "lbrace": "\\{", "rbrace": "\\}", "degree": "°", "circ": "°", "mu": "μ", "Omega": "Ω", "pm": "±", "to": "->",
-    "rightarrow": "->", "longrightarrow": "->", "infin": "\\infty", "varnothing": "∅", "emptyset": "∅", "cup": "∪", "in": "∈",
+    "cfrac": "\\frac", "lbrace": "\\{", "rbrace": "\\}", "degree": "°", "circ": "°", "mu": "μ", "Omega": "Ω", "pm": "±",
+    "to": "->", "rightarrow": "->", "longrightarrow": "->", "infin": "\\infty", "varnothing": "∅", "emptyset": "∅",
+    "cup": "∪", "in": "∈",
     "colon": ":", "mid": "|", "vert": "|", "lvert": "|", "rvert": "|", "lfloor": "⌊", "rfloor": "⌋", "vartheta": "\\theta",
     "varphi": "\\phi", "ldots": "...", "dots": "...", "cdots": "...", "lor": " or ", "land": " and ", "implies": "=>",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]{1,20})(?![A-Za-z])")
 _CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/",
-    "≤": "<=", "≥": ">=", "≠": "!=", "≅": "≈", "≃": "≈", "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "µ": "μ", "Ω": "Ω", "º": "°",
-    "˚": "°", "′": "'", "’": "'", "“": '"', "”": '"', "，": ",", "。": ".", "；": ";", "：": ":", "（": "(", "）": ")", "→": "->",
+    "≤": "<=", "≥": ">=", "≠": "!=", "≅": "≈", "≃": "≈", "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "µ": "μ", "Ω": "Ω",
+    "º": "°", "˚": "°", "′": "'", "’": "'", "“": '"', "”": '"', "，": ",", "。": ".", "；": ";", "：": ":", "（": "(",
+    "）": ")",
+    "→": "->",
     "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ", "ω": "\\omega ",
 })  # fmt: skip
-_WORDS = dict(zip(
-    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"], range(21), strict=True,
-)) | {word: 10 * n for n, word in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 3)}  # fmt: skip
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: n for n, word in enumerate(_UNITS.split())} | {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
 _HAN_DIGITS = {character: n for n, character in enumerate("零一二三四五六七八九")} | {"两": 2, "〇": 0}
 
 
@@ -62,7 +68,7 @@ def limited(text: str, characters: int = MAX_CHARACTERS) -> str:
 
 
 def plain(text: str) -> str:
-    """A formula in the plain spelling that `expression` reads: ASCII operators, \\frac, \\sqrt, no sizes, spaces or dollars.
+    r"""A formula in the plain spelling that `expression` reads: ASCII operators, \frac, \sqrt, no sizes, spaces or dollars.
 
     Raises:
         TooLarge: the text is longer than `MAX_CHARACTERS`.

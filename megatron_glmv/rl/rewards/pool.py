@@ -1,7 +1,7 @@
 """Processes that run the verifiers, each with a time limit an answer; a stuck or dead one is replaced.
 
-A thread drives each process, so that the trainer can go on. What a process could not say in time is masked with reason timeout, a
-process that dies over an answer masks it with reason error; neither is ever a reward.
+A thread drives each process, so that the trainer can go on. What a process could not say in time is masked with reason timeout,
+and an answer over which a process dies with reason error; neither is ever a reward.
 """
 
 from __future__ import annotations
@@ -100,6 +100,12 @@ class _Worker:
         line, _, self._rest = self._rest.partition(b"\n")
         return line
 
+    def kill(self) -> None:
+        """From another thread: end the process under whoever waits for it."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def stop(self) -> None:
         """End the process, if there is one."""
         process, self._process = self._process, None
@@ -130,9 +136,10 @@ class VerifierPool:
 
     def __init__(self, config: RewardsConfig, command: tuple[str, ...] = COMMAND) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._workers = [_Worker(config, command) for _ in range(config.workers)]
         self._threads = [
-            Thread(target=self._drive, args=(_Worker(config, command),), name=f"verifier-{number}", daemon=True)
-            for number in range(config.workers)
+            Thread(target=self._drive, args=(worker,), name=f"verifier-{number}", daemon=True)
+            for number, worker in enumerate(self._workers)
         ]
         for thread in self._threads:
             thread.start()
@@ -156,10 +163,17 @@ class VerifierPool:
                 future.set_exception(error)
         worker.stop()
 
-    def close(self) -> None:
-        """Finish what is queued and end the processes."""
+    def close(self, *, finish: bool = True) -> None:
+        """End the processes; `finish`: after what is queued, else at once, and what was queued is cancelled."""
+        while not finish and not self._jobs.empty():
+            job = self._jobs.get()
+            if job is not None:
+                job[2].cancel()
         for _ in self._threads:
             self._jobs.put(None)
+        for worker in self._workers:
+            if not finish:
+                worker.kill()
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -168,4 +182,4 @@ class VerifierPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close(finish=kind is None)

@@ -54,6 +54,9 @@ class Rewarder:
 
     def _continue(self, verified: Future[Reward | Question], result: Future[Reward]) -> None:
         """After the rules: done, or on to whoever can say."""
+        if verified.cancelled():
+            result.cancel()
+            return
         error = verified.exception()
         if error is not None:
             result.set_exception(error)
@@ -100,10 +103,10 @@ class Rewarder:
             for key, value in client.client.meter.as_dict().items()
         }
 
-    def close(self) -> None:
-        """Finish what was submitted and end processes and connections."""
-        self._pool.close()
-        self._askers.shutdown()
+    def close(self, *, finish: bool = True) -> None:
+        """End processes and connections; `finish`: after what was submitted, else at once, and what waits is cancelled."""
+        self._pool.close(finish=finish)
+        self._askers.shutdown(wait=finish, cancel_futures=not finish)
         for client in (self._judge, self._model):
             if client is not None:
                 client.close()
@@ -112,7 +115,7 @@ class Rewarder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close(finish=kind is None)
 
 
 def _ask(asked: Judge | RewardModel, question: Question, result: Future[Reward]) -> None:

@@ -22,8 +22,8 @@ MAX_UNIT_CHARACTERS = 60
 MAX_SPLITS = 40
 
 _PREFIXES = {
-    "Y": 24, "Z": 21, "E": 18, "P": 15, "T": 12, "G": 9, "M": 6, "k": 3, "h": 2, "da": 1, "d": -1, "c": -2, "m": -3, "μ": -6, "u": -6,
-    "n": -9, "p": -12, "f": -15, "a": -18,
+    "Y": 24, "Z": 21, "E": 18, "P": 15, "T": 12, "G": 9, "M": 6, "k": 3, "h": 2, "da": 1, "d": -1, "c": -2, "m": -3, "μ": -6,
+    "u": -6, "n": -9, "p": -12, "f": -15, "a": -18,
 }  # fmt: skip
 
 
@@ -138,7 +138,9 @@ M molar
 
 def _read_table() -> tuple[dict[str, Unit], frozenset[str], dict[str, str]]:
     """Units by name, the names that take prefixes, and other names -> names."""
-    units, prefixed, aliases = {}, set(), {}
+    units: dict[str, Unit] = {}
+    aliases: dict[str, str] = {}
+    prefixed = set()
     for line in _TABLE.strip().splitlines():
         name, factor, powers, *others = (part.strip() for part in line[2:].split(" | "))
         found = {base: int(power or 1) for base, power in re.findall(r"([A-Za-z]+)(-?\d*)", powers)}

@@ -35,7 +35,7 @@ def judge_response(task: Task, text: str, config: RewardsConfig) -> Reward | Que
         config: gates and domains.
 
     Returns:
-        The reward, or what to ask. A task that cannot be judged is masked with reason reference; a fault of ours with reason error.
+        The reward, or what to ask. A task that cannot be judged is masked with reason reference, a fault of ours with error.
     """
     try:
         settings = settings_of(task, config)

@@ -1,7 +1,7 @@
 """What every verifier is: settings in, one method that takes a task and the final answer, and what comes out.
 
-All are called through `Verifier.verify(task, answer)`, which is not overridden; a domain writes `compare(task, answer)`. So a
-verifier cannot have a signature of its own, and the length limit, the exact match and the hack detectors are the same everywhere.
+All are called through `Verifier.verify(task, answer)`, which is not overridden; a domain writes `compare(task, answer)`. So no
+verifier has a signature of its own, and the length limit, the exact match and the hack detectors are the same everywhere.
 """
 
 from __future__ import annotations

@@ -24,4 +24,14 @@ class GeneralVerifier(Verifier[GeneralConfig]):
         if not answer.strip():
             return WRONG
         reference = task.answer if isinstance(task.answer, str) else ""
-        return Question(self.prompt, True, task.question, reference, answer, NO_JUDGE, self.settings.correct_from, task.media)
+        return Question(
+            prompt=str(self.settings.prompt or self.prompt),
+            graded=True,
+            question=task.question,
+            reference=reference,
+            answer=answer,
+            without=NO_JUDGE,
+            correct_from=self.settings.correct_from,
+            scored=True,
+            media=task.media,
+        )

@@ -15,8 +15,8 @@ The reward is the product over the parts of the reference: a place by IoU or dis
 equality; a wrong action is 0. Names of AndroidWorld and OSWorld are understood too. A reference that is a bare point or box is
 grounding, one that is a text is a question: equal, or the judge.
 
-Source: arXiv 2507.01006, section 5.2; tolerance of zai-org/GLM-V 8fc9756, whose agents' verifiers gave 0 to every answer because
-of a misspelled keyword.
+Source: arXiv 2507.01006, section 5.2; tolerance of zai-org/GLM-V 8fc9756, whose verifiers of agents gave 0 to every answer
+because of a misspelled keyword.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ ACTIONS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Action -> parts that it needs."""
 ALIASES = {
-    "left_click": "click", "tap": "click", "left_double": "double_click", "double_tap": "double_click", "right_single": "right_click",
-    "input_text": "type", "input": "type", "write": "type", "swipe": "scroll", "hotkey": "key", "press": "key", "open_app": "open",
-    "launch": "open", "navigate_back": "back", "press_back": "back", "navigate_home": "home", "press_home": "home",
+    "left_click": "click", "tap": "click", "left_double": "double_click", "double_tap": "double_click",
+    "right_single": "right_click", "input_text": "type", "input": "type", "write": "type", "swipe": "scroll",
+    "hotkey": "key", "press": "key", "open_app": "open", "launch": "open", "navigate_back": "back", "press_back": "back",
+    "navigate_home": "home", "press_home": "home",
     "keyboard_enter": "enter", "press_enter": "enter", "finished": "done", "complete": "done", "terminate": "done",
     "infeasible": "fail", "left_drag": "drag", "select": "drag",
 }  # fmt: skip
@@ -90,8 +91,8 @@ class GuiVerifier(Verifier[GuiConfig]):
         """1 at the place, falling to 0 over the tolerance; IoU where both are boxes."""
         scale, tolerance = self.settings.scale, self.settings.tolerance
         if len(given) == len(wanted) == 4 and self.settings.box_reward == "iou":
-            box: Box = given  # type: ignore[assignment]
-            return iou(box, wanted) if is_box(box, scale) else 0.0  # type: ignore[arg-type]
+            box: Box = given
+            return iou(box, wanted) if is_box(box, scale) else 0.0
         x, y = _center(given)
         if not (0 <= x <= scale and 0 <= y <= scale):
             return 0.0
@@ -126,7 +127,7 @@ def _parsed(reference: Any) -> dict[str, Any] | tuple[float, ...] | str:
 
 
 def action(tree: Any) -> dict[str, Any] | None:
-    """An action in our names: {"action", "place", "to", "text", "direction", "key", "app"}, only what is there; None if it is none."""
+    """An action in our names, with those of place, to, text, direction, key and app that are there; None if it is none."""
     if not isinstance(tree, Mapping) or len(tree) > _MAX_PARTS:
         return None
     parts = {_KEYS.get(key, key): value for key, value in tree.items()}

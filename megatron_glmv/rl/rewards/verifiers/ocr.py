@@ -1,9 +1,9 @@
 """Reading: 1 - edit distance / longer length, so that an almost right reading earns almost everything.
 
-The distance is computed on bits of Python's integers, a column of the table at a time: 20,000 characters take a tenth of a second.
+The distance is computed on bits of Python's integers, a column of the table at a time: 20,000 characters take 0.2 seconds.
 
-Source: arXiv 2507.01006, section 5.2; Hyyrö, "Explaining and extending the bit-parallel approximate string matching algorithm of
-Myers" (2001). zai-org/GLM-V 8fc9756 divides by zero where both texts are empty; here that is 1.
+Source: arXiv 2507.01006, section 5.2; Hyyrö, "Explaining and extending the bit-parallel approximate string matching algorithm
+of Myers" (2001). zai-org/GLM-V 8fc9756 divides by zero where both texts are empty; here that is 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Numbers with units, in base units: 3 m is 300 cm; what has no readable unit is compared as in mathematics.
 
-Source: arXiv 2507.01006, section 5.2 (units: judge); here units are read first, and only what they leave open goes to the judge.
+Source: arXiv 2507.01006, section 5.2 (units: judge); here units are read first, and what they leave open goes to the judge.
 zai-org/GLM-V 8fc9756 sent "3 m" = "3 m" to the judge.
 """
 
