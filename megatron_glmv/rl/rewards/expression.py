@@ -131,7 +131,7 @@ def _letters(word: str) -> list[str]:
         if word.startswith(name) and len(word) - len(name) == 1:
             return [name, word[len(name) :]]
     if len(word) > 3:
-        raise NotAnExpression(f"the word {word!r}")
+        raise NotAnExpression(f"the word {word[:40]!r}")
     return list(word)
 
 

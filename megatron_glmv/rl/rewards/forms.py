@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 from megatron_glmv.rl.rewards.evaluation import Undefined, equal, evaluate, points
@@ -18,6 +19,7 @@ from megatron_glmv.rl.rewards.expression import Node, NotAnExpression, parse
 from megatron_glmv.rl.rewards.notation import TooLarge, number_word, plain
 
 MAX_ITEMS = 16
+MAX_DEPTH = 8
 
 _WHOLE = re.compile(r"[+-]?\d+(?:\.0*)?")
 _OPEN, _CLOSE = "([{", ")]}"
@@ -73,7 +75,10 @@ def read(text: str) -> Form:
     return _read(plain(text))
 
 
-def _read(text: str) -> Form:
+def _read(text: str, depth: int = 0) -> Form:
+    if depth > MAX_DEPTH:
+        raise TooLarge(f"values within values deeper than {MAX_DEPTH}")
+    read_part = partial(_read, depth=depth + 1)
     text = _unboxed(text)
     if not text:
         raise NotAnExpression("nothing")
@@ -82,17 +87,17 @@ def _read(text: str) -> Form:
         return Form("value", node=Node("number", value=Fraction(whole)) if digits else None, whole=whole)
     if text.startswith("\\begin{") and (matrix := _MATRIX.fullmatch(text)):
         rows = [row for row in matrix[2].split("\\\\") if row.strip()]
-        return Form("tuple", _all(rows, lambda row: Form("tuple", _all(row.split("&"), _read), marks="()")), marks="[]")
+        return Form("tuple", _all(rows, lambda row: Form("tuple", _all(row.split("&"), read_part), marks="()")), marks="[]")
     if "±" in text:
-        return _plus_minus(text)
-    name, text = _cut_name(text)
-    if "∪" in text:
-        return Form("union", _all(_split(text, "∪"), _read), name=name)
+        return _plus_minus(text, read_part)
     parts = _split(text, ",;")
     parts = parts if len(parts) > 1 else _JOINT.split(text)
     if len(parts) > 1:
-        return Form("list", _all(parts, _read), name=name)
-    if (group := _group(text)) is not None:
+        return Form("list", _all(parts, read_part))
+    name, text = _cut_name(text)
+    if len(parts := _split(text, "∪")) > 1:
+        return Form("union", _all(parts, read_part), name=name)
+    if (group := _group(text, read_part)) is not None:
         return Form(group.kind, group.items, group.node, group.marks, name)
     if found := _RELATION.search(text):
         return _relation(text[: found.start()], found[0], text[found.end() :])
@@ -129,8 +134,6 @@ def _cut_name(text: str) -> tuple[str, str]:
             continue
         if not left.strip() or _NAME_IS.fullmatch(left):
             return "".join(left.replace("\\", "").split()), _last_side(right)
-        if mark == "≈" and "=" not in text:
-            return "", right.strip()
     return "", text
 
 
@@ -140,11 +143,11 @@ def _last_side(text: str) -> str:
     return sides[-1] if all(sides) else text.strip()
 
 
-def _plus_minus(text: str) -> Form:
+def _plus_minus(text: str, read_part: Callable[[str], Form]) -> Form:
     if text.count("±") != 1:
         raise NotAnExpression("more than one plus-minus")
     name, text = _cut_name(text)
-    return Form("list", (_read(text.replace("±", "+")), _read(text.replace("±", "-"))), name=name)
+    return Form("list", (read_part(text.replace("±", "+")), read_part(text.replace("±", "-"))), name=name)
 
 
 def _split(text: str, marks: str) -> list[str]:
@@ -158,7 +161,7 @@ def _split(text: str, marks: str) -> list[str]:
     return [*parts, text[start:]]
 
 
-def _group(text: str) -> Form | None:
+def _group(text: str, read_part: Callable[[str], Form]) -> Form | None:
     r"""(a, b), [a, b), \{a, b\}, {a, b}: one bracket around several values; None for everything else."""
     is_set = text.startswith("\\{") and text.endswith("\\}")
     inner = text[2:-2] if is_set else text[1:-1]
@@ -171,8 +174,8 @@ def _group(text: str) -> Form | None:
             return None
     parts = _split(inner, ",;")
     if is_set or (text[0] == "{" and len(parts) > 1):
-        return Form("list", _all(parts, _read))
-    return Form("tuple", _all(parts, _read), marks=text[0] + text[-1]) if len(parts) > 1 else None
+        return Form("list", _all(parts, read_part))
+    return Form("tuple", _all(parts, read_part), marks=text[0] + text[-1]) if len(parts) > 1 else None
 
 
 def _relation(left: str, sign: str, right: str) -> Form:

@@ -18,6 +18,9 @@ MIN_COPIED_CHARACTERS = 20
 _NUMBER = r"[+-]?\$?\d[\d.]{0,30}%?"
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
+_MANY = re.compile(r"±|\\pm|[,;、({\[]|\band\b")
+"""A reference of several values, where several are no hack."""
+
 
 def _any(*patterns: str) -> re.Pattern[str]:
     return re.compile("|".join(patterns))
@@ -90,6 +93,8 @@ def find_hack(
     """
     text, right = _SEPARATOR.sub("", folded(answer)), _SEPARATOR.sub("", folded(reference))
     for detector in detectors:
+        if detector == "several" and _MANY.search(right):
+            continue
         if detector == "copy":
             if words := _copied(folded(answer), folded(reference), folded(question)):
                 return detector, words

@@ -21,7 +21,7 @@ _SUPERSCRIPT = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789
 _SUBSCRIPT = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _RAISED = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+")
 _VULGAR = re.compile(r"(\d?)([¼½¾⅐-⅞])")
-_THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3}){1,30})(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d.,(\[{])(\d{1,3})((?:,\d{3}){1,30})(?![\d,])")
 _THIN_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _MIXED = re.compile(r"(?<![\d.^_/*)}])(\d{1,9})\s+(\d{1,9})/(\d{1,9})(?![\d.])")
 _TEXT = re.compile(
