@@ -271,7 +271,7 @@ class _Parser:
                 self.take("[")
                 index = self.sum()
                 self.take("]")
-            return self.node("root", self.argument(), index)
+            return self.node("root", self.argument() if command else self.primary(), index)
         if name in FUNCTIONS:
             return self.function(FUNCTIONS[name])
         if name in CONSTANTS and not self.subscripted():

@@ -60,7 +60,10 @@ class NumericVerifier(Verifier[N]):
         percent, wanted = plain(answer).endswith("%"), plain(reference_text).endswith("%")
         if verdict or percent == wanted or self.settings.percent_sign == "required":
             return verdict
-        without = read(plain(answer if percent else reference_text).rstrip("% "))
+        try:
+            without = read(plain(answer if percent else reference_text).rstrip("% "))
+        except NotAnExpression:
+            return verdict
         return same(without, reference, self.rule) if percent else same(form, without, self.rule)
 
 
