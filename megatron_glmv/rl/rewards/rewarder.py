@@ -34,8 +34,11 @@ class Rewarder:
         self._config = config
         self._judge = Judge(config.judge, prompts) if config.judge is not None else None
         self._model = RewardModel(config.reward_model) if config.reward_model is not None else None
-        concurrency = sum(asked.concurrency for asked in (config.judge, config.reward_model) if asked is not None)
-        self._askers = ThreadPoolExecutor(max(concurrency, 1), thread_name_prefix="judge")
+        self._askers = {
+            asked: ThreadPoolExecutor(client.concurrency, thread_name_prefix="judge")
+            for asked, client in ((self._judge, config.judge), (self._model, config.reward_model))
+            if asked is not None and client is not None
+        }
         self._pool = VerifierPool(config)
 
     def submit(self, task: Task, text: str) -> Future[Reward]:
@@ -68,7 +71,7 @@ class Rewarder:
             if asked is None:
                 result.set_result(outcome.without)
                 return
-            self._askers.submit(_ask, asked, outcome, result)
+            self._askers[asked].submit(_ask, asked, outcome, result)
             return
         result.set_result(outcome)
 
@@ -106,10 +109,9 @@ class Rewarder:
     def close(self, *, finish: bool = True) -> None:
         """End processes and connections; `finish`: after what was submitted, else at once, and what waits is cancelled."""
         self._pool.close(finish=finish)
-        self._askers.shutdown(wait=finish, cancel_futures=not finish)
-        for client in (self._judge, self._model):
-            if client is not None:
-                client.close()
+        for asked, threads in self._askers.items():
+            threads.shutdown(wait=finish, cancel_futures=not finish)
+            asked.close()
 
     def __enter__(self) -> Self:
         return self

@@ -60,7 +60,10 @@ def test_shapes(text: str, gate: dict[str, Any], box: Any, final: str | None):
     assert (refused.value.reason, refused.value.value) == ("format", -0.5)
 
 
-CHINESE = "今天我们来看这道题目首先需要仔细阅读题目的要求然后再一步一步地进行分析和计算最后得出正确的结论并且检查每一步是否有错误发生没有问题" * 2
+CHINESE = (
+    "今天我们来看这道题目首先需要仔细阅读题目的要求然后再一步一步地进行分析和计算最后得出正确的结论并且检查每一步是否有错误发生没有问题"
+    * 2
+)
 ENGLISH = " ".join(f"word{'abcdefghij'[n % 10]}{'klmnopqrst'[n // 10 % 10]}{'uvwxyz'[n % 6]}" for n in range(260))
 
 
@@ -108,7 +111,7 @@ def test_repetition(text: str, repeats: bool):
 
 
 def test_loops():
-    assert longest_loop("a b c".split() * 50) == (3, 150)
+    assert longest_loop(["a", "b", "c"] * 50) == (3, 150)
     assert longest_loop(["x"] * 300) == (1, 300)
     assert longest_loop([str(n) for n in range(300)]) == (1, 0)
 

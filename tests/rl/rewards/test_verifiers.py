@@ -12,7 +12,7 @@ import pytest
 from megatron_glmv.config.rewards import VERIFIERS, RewardsConfig
 from megatron_glmv.rl.rewards.registry import REGISTRY, verifier_of
 from megatron_glmv.rl.rewards.verifiers.base import Question, Verifier
-from megatron_glmv.rl.rewards.worker import judge_response
+from megatron_glmv.rl.rewards.worker import judge_response, pack, unpack
 from megatron_glmv.rl.types import Reward, Task
 
 # Without the gate of repetition, so that what repeats itself reaches the verifiers' own limits.
@@ -182,7 +182,13 @@ CONTINUOUS = [
     ("gui", {"action": "scroll", "direction": "down"}, '{"action":"scroll","direction":"Down"}', 1.0, "right"),
     ("gui", {"action": "key", "key": "ctrl+c"}, '{"action":"hotkey","key":"Ctrl C"}', 1.0, "right"),
     ("gui", {"action": "back"}, '{"action_type": "navigate_back"}', 1.0, "right"),
-    ("gui", {"action": "drag", "point": [0, 0], "to": [100, 100]}, '{"action":"drag","point":[0,0],"to":[110,100]}', 0.5, "right"),
+    (
+        "gui",
+        {"action": "drag", "point": [0, 0], "to": [100, 100]},
+        '{"action":"drag","point":[0,0],"to":[110,100]}',
+        0.5,
+        "right",
+    ),
     ("gui", '{"action": "back"}', "go back", 0.0, "wrong"),
     ("gui", "[10,10,30,30]", "[20,20]", 1.0, "right"),
     ("gui", [10, 10], "[10,10]", 1.0, "right"),
@@ -333,7 +339,5 @@ def test_a_fault_of_a_verifier_masks_the_sample(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_outcomes_pass_through_json():
-    from megatron_glmv.rl.rewards.worker import pack, unpack
-
     for outcome in (judge("math", "1", "1"), judge("vqa", "cat", "dog"), judge("nonsense", "1", "1")):
         assert unpack(json.loads(json.dumps(pack(outcome)))) == outcome

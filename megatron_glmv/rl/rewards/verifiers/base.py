@@ -81,7 +81,7 @@ class Verifier(ABC, Generic[S]):
         """
         if len(answer) > self.settings.max_answer_characters:
             return wrong("limit", f"{len(answer)} characters, more than {self.settings.max_answer_characters}")
-        reference = text_of(task.answer) if not isinstance(task.answer, list | tuple | dict) else ""
+        reference = "" if task.answer is None or isinstance(task.answer, list | tuple | dict) else text_of(task.answer)
         if self.exact and reference and folded(answer) == folded(reference):
             return RIGHT
         numeric = self.numeric or number_word(reference) is not None or any(map(str.isdigit, reference))
