@@ -84,8 +84,8 @@ class Reward:
     """What one answer is worth.
 
     Attributes:
-        value: in [0, 1] or below 0 for what a gate punishes; None where the verifier could not say: such an answer is masked and
-            counted, and never becomes a reward.
+        value: in [0, 1] or below 0 for what a gate punishes; None where the verifier could not say: such an answer is masked
+            and counted, and never becomes a reward.
         correct: whether it counts as right; None where `value` is None.
         reason: a short code: right, wrong, format, hack, timeout, error, judge_down, ...
         detail: more for people, one line.

@@ -255,6 +255,6 @@ def _report(
         if found:
             print(
                 f"{name}: {found['requests']:,.0f} requests, {found['retries']:,.0f} retries, "
-                f"{found['failures']:,.0f} failures, {found['cache_hits']:,.0f} from the cache, {found['tokens_in']:,.0f} tokens in, "
-                f"{found['tokens_out']:,.0f} out, cost {found['cost']:.4g}"
+                f"{found['failures']:,.0f} failures, {found['cache_hits']:,.0f} from the cache, "
+                f"{found['tokens_in']:,.0f} tokens in, {found['tokens_out']:,.0f} out, cost {found['cost']:.4g}"
             )

@@ -95,7 +95,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, judge_server: JudgeServer, 
     """The judge fails for some: those are asked again, the others are not; other settings score everything anew."""
     file = write(tmp_path / "a.jsonl", [line("vqa", f"cat {n}", "dog") for n in range(10)])
     judge_server.reply = lambda body, number: 401 if "cat 3" in body["messages"][0]["content"] else "VERDICT: CORRECT"
-    settings = ["workers=1", "judge.endpoints=[{url: '%s'}]" % judge_server.url]
+    settings = ["workers=1", f"judge.endpoints=[{{url: '{judge_server.url}'}}]"]
     out = tmp_path / "out.jsonl"
     assert cli.main(["reward", str(file), "--out", str(out), "--config", *settings]) == 0
     assert "judge_down 1" in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, judge_server: JudgeServer, 
 def test_a_killed_run_keeps_what_was_scored(tmp_path: Path, judge_server: JudgeServer):
     judge_server.delay_s = 0.2
     file = write(tmp_path / "a.jsonl", [line("vqa", f"cat {n}", "dog") for n in range(30)])
-    settings = ["workers=1", "judge.concurrency=1", "judge.endpoints=[{url: '%s'}]" % judge_server.url]
+    settings = ["workers=1", "judge.concurrency=1", f"judge.endpoints=[{{url: '{judge_server.url}'}}]"]
     arguments = [sys.executable, "-m", "megatron_glmv", "reward", str(file), "--config", *settings]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = tmp_path / "a.scored.jsonl.part"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -94,9 +95,9 @@ def test_a_worker_ends_itself_when_nobody_is_left():
     """The parent is gone while the worker computes: its own alarm ends it."""
     config = validate(RewardsConfig, {"timeout_s": 0.05})
     process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    request = (
-        '{"task": {"key": "k", "domain": "counting", "question": "", "answer": "3", "media": []}, "text": "%s"}\n' % boxed(111)
-    )
+    asked = {"task": {"key": "k", "domain": "counting", "question": "", "answer": "3", "media": []}, "text": boxed(111)}
+    request = json.dumps(asked) + "
+"
     process.stdin.write(config.model_dump_json().encode() + b"\n" + request.encode())
     process.stdin.flush()
     assert process.wait(20) < 0
@@ -204,8 +205,8 @@ def test_a_judge_that_is_down_masks_and_stops_the_run():
 def test_the_tally():
     tally = Tally()
     for reward in (
-        Reward(1.0, True, "right"), Reward(0.0, False, "hack: several"), Reward(None, None, "timeout"), Reward(0.0, False, "format")
-    ):  # fmt: skip
+        Reward(1.0, True, "right"), Reward(0.0, False, "hack: several"), Reward(None, None, "timeout"), Reward(0.0, False, "format"),
+    ):
         tally.add("math", reward)
     tally.add("geo", Reward(None, None, "judge_down", "http://x: ConnectError"))
     metrics = tally.metrics()
@@ -222,5 +223,6 @@ def test_the_tally():
 
 
 def test_neither_torch_nor_a_client_is_loaded_by_a_worker():
-    code = "import sys, megatron_glmv.rl.rewards.worker; print([m for m in ('torch', 'httpx', 'sympy', 'transformers') if m in sys.modules])"
+    names = "('torch', 'httpx', 'sympy', 'transformers')"
+    code = f"import sys, megatron_glmv.rl.rewards.worker; print([name for name in {names} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

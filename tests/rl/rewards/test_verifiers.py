@@ -1,4 +1,4 @@
-"""Tables of cases, one row for every bug ever found. Each goes through the gates and the registry, as an answer of a run does."""
+"""Tables of cases, one row for every bug ever found. Each goes through the gates and the registry, as in a run."""
 
 from __future__ import annotations
 
