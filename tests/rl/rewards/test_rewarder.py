@@ -96,8 +96,7 @@ def test_a_worker_ends_itself_when_nobody_is_left():
     config = validate(RewardsConfig, {"timeout_s": 0.05})
     process = subprocess.Popen([sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     asked = {"task": {"key": "k", "domain": "counting", "question": "", "answer": "3", "media": []}, "text": boxed(111)}
-    request = json.dumps(asked) + "
-"
+    request = json.dumps(asked) + "\n"
     process.stdin.write(config.model_dump_json().encode() + b"\n" + request.encode())
     process.stdin.flush()
     assert process.wait(20) < 0
@@ -204,9 +203,8 @@ def test_a_judge_that_is_down_masks_and_stops_the_run():
 
 def test_the_tally():
     tally = Tally()
-    for reward in (
-        Reward(1.0, True, "right"), Reward(0.0, False, "hack: several"), Reward(None, None, "timeout"), Reward(0.0, False, "format"),
-    ):
+    wrong = [Reward(0.0, False, reason) for reason in ("hack: several", "format")]
+    for reward in (Reward(1.0, True, "right"), *wrong, Reward(None, None, "timeout")):
         tally.add("math", reward)
     tally.add("geo", Reward(None, None, "judge_down", "http://x: ConnectError"))
     metrics = tally.metrics()
