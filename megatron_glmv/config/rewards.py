@@ -231,6 +231,8 @@ class LongDocumentConfig(JudgedConfig):
     """Answers from long documents: equal text, or the judge."""
 
     verifier: Literal["long_document"] = "long_document"
+    hacks: tuple[Hack, ...] = ("copy", "reference", "judge")
+    """In sentences, "or" and "one of the" are no hacks."""
 
 
 class GeoConfig(JudgedConfig):

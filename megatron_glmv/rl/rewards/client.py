@@ -14,13 +14,14 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
+from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.rewards import EndpointConfig, HttpConfig
 
 T = TypeVar("T")
@@ -145,7 +146,7 @@ class ServerClient:
         Raises:
             ServerFailed: no usable reply after all tries.
         """
-        key = hashlib.sha256(json.dumps([path, body, vote], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([path, body, vote], sort_keys=True).encode()).hexdigest()
         if self._cache is not None and (kept := self._cache.read(key)) is not None:
             with contextlib.suppress(ValueError):
                 value = read(kept)
@@ -186,8 +187,9 @@ class ServerClient:
         self.meter.add(requests=1)
         try:
             client = self._clients[endpoint.is_loopback]
-            url, headers = endpoint.url + path, _headers(endpoint)
-            with client.stream("POST", url, json=body, headers=headers, timeout=timeout_s) as response:
+            content = json.dumps(body).encode()  # in ASCII: half a surrogate pair in a text is no error
+            headers = {"Content-Type": "application/json", **_headers(endpoint)}
+            with client.stream("POST", endpoint.url + path, content=content, headers=headers, timeout=timeout_s) as response:
                 _check_status(response)
                 for chunk in response.iter_bytes():
                     data += chunk
@@ -231,8 +233,19 @@ class ServerClient:
             client.close()
 
 
+def check_tokens(endpoints: Iterable[EndpointConfig]) -> None:
+    """Stop before the first question if a token is not there.
+
+    Raises:
+        ConfigError: an environment variable that `token_env` names is not set.
+    """
+    for endpoint in endpoints:
+        if endpoint.token_env and not os.environ.get(endpoint.token_env, "").strip():
+            raise ConfigError(f"{endpoint.url}: token_env: the environment variable {endpoint.token_env} is not set")
+
+
 def _headers(endpoint: EndpointConfig) -> dict[str, str]:
-    token = os.environ.get(endpoint.token_env, "") if endpoint.token_env else ""
+    token = os.environ.get(endpoint.token_env, "").strip() if endpoint.token_env else ""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

@@ -15,6 +15,8 @@ from megatron_glmv.config.rewards import Hack
 from megatron_glmv.rl.rewards.notation import folded
 
 MIN_COPIED_CHARACTERS = 20
+COPIED_SHARE = 0.6
+"""Least share of the question that is a copy of it; less may be one of the possibilities that it names."""
 _NUMBER = r"[+-]?\$?\d[\d.]{0,30}%?"
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -69,7 +71,8 @@ _ANY: dict[Hack, re.Pattern[str]] = {
         r"\b(?:ignore|disregard|forget) (?:all |any )?(?:of )?(?:the |your |my )?(?:previous|above|prior|earlier|other)\b",
         r"\byou are (?:an? |the )?(?:\w{1,12} )?(?:judge|grader|evaluator|assistant)\b",
         r"\b(?:mark|grade|rate|judge|score|accept|treat|consider) (?:this|it|me|the answer|my answer|the response)\b",
-        r"\bverdict\b|\bscore\s{0,3}[:=]\s{0,3}\d|\bfull (?:marks?|score|credit|points)\b|\bsystem prompt\b|<\||<<<|>>>",
+        r"\bverdict\b|\bscore\s{0,3}[:=]\s{0,3}(?:1|1\.0|0\.\d)(?!\s?[-:\d])",
+        r"\bfull (?:marks?|score|credit|points)\b|\bsystem prompt\b|<\||<<<|>>>",
         r"忽略(?:以上|之前|前面)|判(?:为|定为)?正确|给(?:出)?满分",
     ),
 }  # fmt: skip
@@ -111,4 +114,5 @@ def _copied(answer: str, reference: str, question: str) -> str:
     """The question, where the answer repeats it and the reference does not."""
     if len(question) < MIN_COPIED_CHARACTERS or question in reference:
         return ""
-    return question[:80] if question in answer or (len(answer) >= MIN_COPIED_CHARACTERS and answer in question) else ""
+    is_part = len(answer) >= COPIED_SHARE * len(question) and answer in question
+    return question[:80] if question in answer or is_part else ""

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.rewards import JudgeConfig, RewardModelConfig
-from megatron_glmv.rl.rewards.client import ServerClient, ServerFailed
+from megatron_glmv.rl.rewards.client import ServerClient, ServerFailed, check_tokens
 from megatron_glmv.rl.rewards.verifiers.base import Question
 from megatron_glmv.rl.types import Reward
 
@@ -83,9 +83,13 @@ class Judge:
     Args:
         config: endpoints, votes, and the rules of asking.
         prompts: by name, as `load_prompts` gives them.
+
+    Raises:
+        ConfigError: a token's environment variable is not set.
     """
 
     def __init__(self, config: JudgeConfig, prompts: Mapping[str, str]) -> None:
+        check_tokens(config.endpoints)
         self.client = ServerClient(config)
         self._config = config
         self._prompts = prompts
@@ -137,9 +141,13 @@ class RewardModel:
 
     Args:
         config: its address, the range of its scores, and the rules of asking.
+
+    Raises:
+        ConfigError: the token's environment variable is not set.
     """
 
     def __init__(self, config: RewardModelConfig) -> None:
+        check_tokens([config.endpoint])
         self.client = ServerClient(config)
         self._config = config
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_glmv.config.rewards import RewardsConfig
 from megatron_glmv.rl.rewards.verifiers.base import Question
@@ -46,7 +46,12 @@ class _Worker:
 
     def ask(self, task: Task, text: str) -> Reward | Question:
         """The outcome of one answer; masked where the process is too slow or dies."""
-        line = json.dumps({"task": {**dataclasses.asdict(task), "options": dict(task.options)}, "text": text}).encode() + b"\n"
+        fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+        try:
+            tree = {"task": {**fields, "options": dict(task.options)}, "text": text}
+            line = json.dumps(tree, default=_as_json).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            return Reward(None, None, "reference", f"{task.key}: {error}")
         process = self._started()
         deadline = time.monotonic() + self._config.timeout_s
         try:
@@ -84,15 +89,13 @@ class _Worker:
         pipe = process.stdin.fileno()  # type: ignore[union-attr]
         view = memoryview(data)
         while view:
-            if not select.select([], [pipe], [], max(deadline - time.monotonic(), 0))[1]:
-                raise TimeoutError
+            _wait(pipe, select.POLLOUT, deadline)
             view = view[os.write(pipe, view[:_CHUNK]) :]
 
     def _line(self, process: subprocess.Popen[bytes], deadline: float) -> bytes:
         pipe = process.stdout.fileno()  # type: ignore[union-attr]
         while b"\n" not in self._rest:
-            if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
-                raise TimeoutError
+            _wait(pipe, select.POLLIN, deadline)
             data = os.read(pipe, _CHUNK)
             if not data:
                 raise EOFError
@@ -116,6 +119,21 @@ class _Worker:
             if pipe is not None:
                 pipe.close()
         process.wait()
+
+
+def _wait(pipe: int, event: int, deadline: float) -> None:
+    """Until a pipe is ready. poll, since select refuses descriptors above 1023, which a trainer may well have."""
+    poll = select.poll()
+    poll.register(pipe, event)
+    if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+        raise TimeoutError
+
+
+def _as_json(value: Any) -> Any:
+    """References may be arrays."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} in a task")
 
 
 def _token_names(config: RewardsConfig) -> set[str]:

@@ -85,6 +85,7 @@ def main() -> None:
     """The process: replies go to the standard output, which nothing else may write to."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the keyboard; the parent ends this process
     serve(sys.stdin.buffer, replies)
 
 

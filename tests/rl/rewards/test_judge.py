@@ -229,6 +229,18 @@ def test_the_token_is_sent_and_shown_nowhere(
     assert "s3cret" not in shown
 
 
+def test_a_token_that_is_not_there_is_said_at_the_start(judge_server: JudgeServer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="MY_TOKEN is not set"):
+        judge_at(judge_server, endpoints=[{"url": judge_server.url, "token_env": "MY_TOKEN"}])
+    with pytest.raises(ConfigError, match="MY_TOKEN is not set"):
+        model_at(judge_server, endpoint={"url": judge_server.url, "token_env": "MY_TOKEN"})
+
+
+def test_half_a_surrogate_pair_is_asked_about_like_all_else(judge_server: JudgeServer):
+    assert judge_at(judge_server).ask(Question("short_answer", False, "?", "cat", "kit\ud800ten", WRONG)).value == 1.0
+
+
 def test_loopback_does_not_go_through_a_proxy(judge_server: JudgeServer, monkeypatch: pytest.MonkeyPatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

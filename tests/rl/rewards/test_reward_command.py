@@ -35,7 +35,7 @@ def answers(tmp_path: Path) -> Path:
         line("math", "7", "3 or 7"),
         line("ocr", "hello", "hallo", options={"correct_from": 0.5}, media=["a.png"]),
         line("grounding", [[0, 0, 10, 10]], "[[0,0,10,10]]", key="g1", subcategory="ui"),
-        line("counting", 3, "three"),
+        line("counting", 3, "three", note="\ud800"),
     ]
     return write(tmp_path / "answers.jsonl", lines)
 
@@ -111,7 +111,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, judge_server: JudgeServer, 
 
 
 def test_a_killed_run_keeps_what_was_scored(tmp_path: Path, judge_server: JudgeServer):
-    judge_server.delay_s = 0.2
+    judge_server.delay_s = 0.1
     file = write(tmp_path / "a.jsonl", [line("vqa", f"cat {n}", "dog") for n in range(30)])
     settings = ["workers=1", "judge.concurrency=1", f"judge.endpoints=[{{url: '{judge_server.url}'}}]"]
     arguments = [sys.executable, "-m", "megatron_glmv", "reward", str(file), "--config", *settings]

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.rewards import RewardsConfig
+from megatron_glmv.rl.rewards.judge import Judge
 from megatron_glmv.rl.rewards.pool import VerifierPool, WorkerFailed
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rewards.tally import Tally, TooManyMasked
@@ -130,6 +133,27 @@ def rewarder() -> Iterator[Rewarder]:
 def test_a_batch_keeps_its_order(rewarder: Rewarder):
     batch = [(task(reference=str(n % 3)), boxed(n % 5)) for n in range(60)]
     assert [reward.value for reward in rewarder.score(batch)] == [float(n % 3 == n % 5) for n in range(60)]
+
+
+def test_tasks_of_any_kind_reach_the_verifiers_or_are_masked(rewarder: Rewarder):
+    boxes = task("grounding", np.array([[0, 0, 10, 10]]))
+    read_only = Task("k", "math", "?", "100.5", options=MappingProxyType({"tolerance": 0.1}))
+    strange = task("math", object())
+    values = [rewarder.submit(boxes, boxed("[0,0,10,10]")), rewarder.submit(read_only, boxed("101"))]
+    assert [future.result(30).value for future in values] == [1.0, 1.0]
+    assert rewarder.submit(strange, boxed("1")).result(30).reason == "reference"
+    assert rewarder.submit(task(), boxed("\ud800")).result(30).value == 0.0
+
+
+def test_a_fault_of_the_judge_is_masked(monkeypatch: pytest.MonkeyPatch):
+    def broken(self: Judge, question: object) -> Reward:
+        raise TypeError("Bearer s3cret")
+
+    monkeypatch.setattr(Judge, "ask", broken)
+    with Rewarder(validate(RewardsConfig, {"workers": 1, "judge": {}})) as made:
+        reward = made.submit(task("vqa", "cat"), boxed("dog")).result(30)
+    assert (reward.value, reward.reason) == (None, "error")
+    assert "s3cret" not in reward.detail
 
 
 def test_without_a_judge_the_rules_decide_and_what_needs_one_is_masked(rewarder: Rewarder):

@@ -82,6 +82,9 @@ HACKS = [
     ("chart", "5 million", "5,050,000", 1.0, "right"),
     ("spatial", "close to the door", "near to the door", ASK, "wrong"),
     ("vqa", "orange", "an orange", 1.0, "right"),
+    ("vqa", "B-2 bomber", "a plane above the sea", ASK, "wrong"),
+    ("vqa", "3-1 for the red team", "Score: 3-1", ASK, "wrong"),
+    ("long_document", "Staff sign it", "Employees or contractors sign it", ASK, "no_judge"),
 ]
 NUMBERS = [
     ("math", "1/2", r"\frac{1}{2}", 1.0, "right"),
@@ -268,18 +271,18 @@ MONSTERS = {
 }
 
 
-@pytest.mark.parametrize("domain", ["math", "physics", "chemistry", "chart", "counting", "vqa", "video", "gui", "grounding"])
 @pytest.mark.parametrize("name", MONSTERS)
-def test_a_monster_is_answered_at_once_and_never_right(domain: str, name: str):
-    reference = {"grounding": [[0, 0, 1, 1]], "gui": {"action": "back"}}.get(domain, "42")
-    start = time.process_time()
-    outcome = judge(domain, reference, MONSTERS[name])
-    seconds = time.process_time() - start
-    reward = outcome.without if isinstance(outcome, Question) else outcome
-    assert (reward.value, reward.correct) == (0.0, False)
-    assert reward.reason in ("limit", "wrong") or reward.reason.startswith("hack")
-    assert len(reward.detail) < 400
-    assert seconds < 0.5  # 5 ms are usual; the rest is for a busy machine
+def test_a_monster_is_answered_at_once_and_never_right(name: str):
+    for domain in ("math", "physics", "chemistry", "chart", "counting", "vqa", "video", "gui", "grounding"):
+        reference = {"grounding": [[0, 0, 1, 1]], "gui": {"action": "back"}}.get(domain, "42")
+        start = time.process_time()
+        outcome = judge(domain, reference, MONSTERS[name])
+        seconds = time.process_time() - start
+        reward = outcome.without if isinstance(outcome, Question) else outcome
+        assert (reward.value, reward.correct) == (0.0, False), domain
+        assert reward.reason in ("limit", "wrong") or reward.reason.startswith("hack"), domain
+        assert len(reward.detail) < 400
+        assert seconds < 0.5, domain  # 5 ms are usual; the rest is for a busy machine
 
 
 def test_a_monster_as_reference_does_not_fail():
@@ -326,6 +329,8 @@ def test_an_answer_in_the_question_is_a_copy_only_where_the_reference_is_not():
     assert judge("vqa", "apples", "the number of apples that are on the table", question=question).reason == "hack: copy"
     assert judge("ocr", question, question, question=question).value == 1.0
     assert judge("vqa", "red", "red", question="Is it red?").value == 1.0
+    choice = "Who is taller, the man in the blue shirt and cap, or the woman in the long red dress?"
+    assert isinstance(judge("vqa", "man", "the man in the blue shirt and cap", question=choice), Question)
 
 
 def test_a_fault_of_a_verifier_masks_the_sample(monkeypatch: pytest.MonkeyPatch):

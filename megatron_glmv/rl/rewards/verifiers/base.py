@@ -6,6 +6,7 @@ verifier has a signature of its own, and the length limit, the exact match and t
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, final
@@ -16,6 +17,7 @@ from megatron_glmv.rl.rewards.hacks import find_hack
 from megatron_glmv.rl.rewards.notation import folded, number_word
 from megatron_glmv.rl.types import Reward, Task
 
+_NUMBER_FIRST = re.compile(r"\W{0,4}\d")
 S = TypeVar("S", bound=DomainConfig)
 
 
@@ -84,7 +86,7 @@ class Verifier(ABC, Generic[S]):
         reference = "" if task.answer is None or isinstance(task.answer, list | tuple | dict) else text_of(task.answer)
         if self.exact and reference and folded(answer) == folded(reference):
             return RIGHT
-        numeric = self.numeric or number_word(reference) is not None or any(map(str.isdigit, reference))
+        numeric = self.numeric or number_word(reference) is not None or _NUMBER_FIRST.match(reference) is not None
         hack = find_hack(answer, reference, task.question, self.settings.hacks, numeric=numeric)
         if hack is not None:
             return Reward(self.settings.hack_reward, False, f"hack: {hack[0]}", f"{hack[1]!r} in {answer[:120]!r}")
