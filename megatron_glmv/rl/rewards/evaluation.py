@@ -101,6 +101,7 @@ def _power(base: Value, exponent: Value) -> Value:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if bits * abs(exponent.numerator) <= MAX_BITS:
             return base**exponent.numerator
+    # Refused before it is computed.
     magnitude = abs(_float(base))
     if abs(_context.log(magnitude, 2)) * abs(_float(exponent)) > MAX_MAGNITUDE:
         raise TooLarge("a power beyond all limits")

@@ -100,7 +100,7 @@ def parse(text: str) -> Node:
 
 def _tokens(text: str) -> list[tuple[str, str]]:
     tokens: list[tuple[str, str]] = []
-    at, depth = 0, 0
+    at = 0
     text = text.strip()
     while at < len(text):
         found = _TOKEN.match(text, at)
@@ -112,9 +112,6 @@ def _tokens(text: str) -> list[tuple[str, str]]:
             tokens += [("name", part) for part in _letters(token)]
         else:
             tokens.append((kind, "^" if token == "**" else token))
-        depth += (token in "([{") - (token in ")]}") if kind == "mark" else 0
-        if depth > MAX_DEPTH:
-            raise TooLarge(f"brackets deeper than {MAX_DEPTH}")
         at = found.end()
     if len(tokens) > 3 * MAX_NODES:
         raise TooLarge(f"{len(tokens)} parts, more than {3 * MAX_NODES}")
@@ -167,16 +164,17 @@ class _Parser:
             raise TooLarge(f"more than {MAX_NODES} parts")
         return Node(kind, args, name, value)
 
-    def sum(self) -> Node:
+    def deeper(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooLarge(f"deeper than {MAX_DEPTH}")
+
+    def sum(self) -> Node:
         terms = [self.product()]
         while self.kind() == "mark" and self.peek() in "+-":
             minus = self.take() == "-"
             term = self.product()
             terms.append(self.node("negative", term) if minus else term)
-        self.depth -= 1
         return terms[0] if len(terms) == 1 else self.node("sum", *terms)
 
     def product(self) -> Node:
@@ -219,9 +217,7 @@ class _Parser:
         if self.kind() != "mark" or self.peek() != "^":
             return base
         self.take()
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise TooLarge(f"deeper than {MAX_DEPTH}")
+        self.deeper()
         exponent = self.signed()
         self.depth -= 1
         return self.node("power", base, exponent)
@@ -241,6 +237,13 @@ class _Parser:
         return self.node("product", self.node("constant", name="pi"), self.node("number", value=Fraction(1, 180)))
 
     def primary(self) -> Node:
+        """Every bracket, root, fraction and function is entered here."""
+        self.deeper()
+        value = self.bare()
+        self.depth -= 1
+        return value
+
+    def bare(self) -> Node:
         kind = self.kind()
         if kind == "number":
             return self.node("number", value=_number(self.take()))
@@ -306,14 +309,10 @@ class _Parser:
 
     def function_argument(self) -> Node:
         """sin(x), or sin 2x: numbers and symbols side by side up to the next function, bracket or operator."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise TooLarge(f"deeper than {MAX_DEPTH}")
         grouped = self.kind() == "mark" and self.peek() in "([{|"
         factors = [self.power() if not grouped else self.postfix()]
         while not grouped and self.kind() in ("name", "command") and self.peek() not in FUNCTIONS and self.peek() != "frac":
             factors.append(self.power())
-        self.depth -= 1
         return factors[0] if len(factors) == 1 else self.node("product", *factors)
 
     def subscripted(self) -> bool:

@@ -90,14 +90,15 @@ def test_languages(thought: str, answer: str, refused: bool):
 
 
 FRESH = " ".join(f"{n * 7919 % 10007}" for n in range(2000))
+OTHER = " ".join(f"{n * 7919 % 10007}" for n in range(2000, 6000))
 
 
 @pytest.mark.parametrize(
     ("text", "repeats"),
     [
-        (FRESH, False),
+        (FRESH + OTHER, False),
         ("wait, let me check this again. " * 40, True),
-        (FRESH + " so the answer is four . wait ," * 40 + FRESH, True),  # a loop in the middle of much else
+        (FRESH + " so the answer is four . wait ," * 40 + OTHER, True),  # a loop in the middle of much else
         ("。" * 400, True),
         ("哈" * 400, True),
         ("a" * 10_000, True),

@@ -40,7 +40,7 @@ def compare(self, task, answer):
         os.write(1, b"not what was asked\\n")
         print("a stray print")
     if answer == "444":
-        return Reward(0.0, False, "wrong", str(len([0] * 10**10)))
+        return Reward(0.0, False, "wrong", str(len(bytes(5 * 2**30))))
     if answer == "555":
         return Reward(0.0, False, "wrong", os.environ.get("MY_TOKEN", "no token"))
     if answer == "666":
