@@ -56,15 +56,20 @@ class NumericVerifier(Verifier[N]):
         return WRONG if verdict is False and _is_number(form) and _is_number(reference) else self.ask(task, answer, WRONG)
 
     def _same(self, form: Form, answer: str, reference: Form, reference_text: str) -> bool | None:
+        """Equal as they are, or without a sign of percent or degrees that only one of them has."""
         verdict = same(form, reference, self.rule)
-        percent, wanted = plain(answer).endswith("%"), plain(reference_text).endswith("%")
-        if verdict or percent == wanted or self.settings.percent_sign == "required":
+        if verdict:
             return verdict
-        try:
-            without = read(plain(answer if percent else reference_text).rstrip("% "))
-        except NotAnExpression:
-            return verdict
-        return same(without, reference, self.rule) if percent else same(form, without, self.rule)
+        given, wanted = plain(answer), plain(reference_text)
+        for sign in ("%", "°") if self.settings.percent_sign == "optional" else ("°",):
+            if given.endswith(sign) == wanted.endswith(sign):
+                continue
+            try:
+                without = read((given if given.endswith(sign) else wanted).rstrip(sign + " "))
+            except NotAnExpression:
+                return verdict
+            return same(without, reference, self.rule) if given.endswith(sign) else same(form, without, self.rule)
+        return verdict
 
 
 def _is_number(form: Form) -> bool:

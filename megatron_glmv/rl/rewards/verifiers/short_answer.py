@@ -9,10 +9,11 @@ import re
 from typing import TypeVar
 
 from megatron_glmv.config.rewards import ShortAnswerConfig
-from megatron_glmv.rl.rewards.evaluation import Undefined
+from megatron_glmv.rl.rewards.evaluation import Undefined, close
 from megatron_glmv.rl.rewards.expression import NotAnExpression
 from megatron_glmv.rl.rewards.forms import Form, Rule, read, same
 from megatron_glmv.rl.rewards.notation import TooLarge, folded
+from megatron_glmv.rl.rewards.units import read_quantity
 from megatron_glmv.rl.rewards.verifiers.base import RIGHT, WRONG, BadReference, Question, Verifier, text_of, wrong
 from megatron_glmv.rl.types import Reward, Task
 
@@ -29,6 +30,8 @@ class ShortAnswerVerifier(Verifier[A]):
         reference = text_of(task.answer)
         if _OPTION.fullmatch(reference.strip().strip("().")):
             return self._option(task, answer, reference.strip().strip("()."))
+        if _same_quantity(answer, reference, self.settings.tolerance):
+            return RIGHT
         try:
             form = read(answer)
         except TooLarge as error:
@@ -68,3 +71,12 @@ class ShortAnswerVerifier(Verifier[A]):
             if same_text:
                 return RIGHT if same_text == [place] else WRONG
         return self.ask(task, answer, WRONG)
+
+
+def _same_quantity(answer: str, reference: str, tolerance: float) -> bool:
+    """Whether both are numbers with units, and equal: 3.5 m and 350 centimeters."""
+    try:
+        given, wanted = read_quantity(answer), read_quantity(reference)
+    except (NotAnExpression, TooLarge, Undefined):
+        return False
+    return given.dimension is not None and given.dimension == wanted.dimension and close(given.value, wanted.value, tolerance)
