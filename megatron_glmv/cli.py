@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_glmv import __version__
 from megatron_glmv.config.base import ConfigError, InputError, load, to_yaml
+from megatron_glmv.config.rewards import RewardsConfig
 from megatron_glmv.config.summary import summarize
 from megatron_glmv.config.training import TrainConfig
 
@@ -33,6 +34,7 @@ examples:
   glmv import GLM-4.1V-9B-Base checkpoints/base            a Hugging Face folder as a checkpoint, for any layout
   glmv export runs/sft runs/sft/hf                         a run's newest checkpoint as a Hugging Face folder
   glmv verify runs/sft/hf runs/sft                         are the two one model?
+  glmv reward answers.jsonl --config rewards.yaml          what are these answers worth?
 
 Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration cannot be used.
 """
@@ -58,6 +60,11 @@ VERIFY_HELP = """\
 Compares every tensor to the bit, then runs transformers on the folder and Megatron's layers on the checkpoint, in float32, on a
 fixed set of rows (text, one image, several images, a video, all packed in one row), a layer of each in memory at a time.
 import and export do the same before what they write gets its name, and leave the result in it as parity.json.
+"""
+REWARD_HELP = """\
+Each line of FILE.jsonl holds domain, question, answer (the reference) and response (the text of the model, with its special
+tokens), and optionally key, subcategory, options, media. The scores are written as the same lines with a key reward; a command
+that was interrupted continues where it stopped. docs/rl.md describes domains, settings and reasons.
 """
 
 
@@ -109,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(call=_train)
 
     _add_conversions(commands)
+    _add_reward(commands)
     return parser
 
 
@@ -153,6 +161,26 @@ def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParse
     command.add_argument("checkpoint", help="a checkpoint, or a run folder: its newest", **checkpoint)
     command.add_argument("--report", type=Path, metavar="FILE.json", help="write the comparison there")
     command.set_defaults(call=_verify)
+
+
+def _add_reward(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "reward",
+        help="score answers in a file, with a table of each domain",
+        description=REWARD_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("file", type=Path, nargs="?", metavar="FILE.jsonl", help="answers, one a line")
+    command.add_argument(
+        "--config",
+        nargs="+",
+        default=[],
+        metavar="FILE.yaml | a.b=value",
+        help="settings: domains, gates, judge; merged left to right, then overrides (default: every domain's own, no judge)",
+    )
+    command.add_argument("--out", type=Path, metavar="SCORED.jsonl", help="scores to write (default: FILE.scored.jsonl)")
+    command.add_argument("--schema", action="store_true", help="print every setting with its type, range and meaning")
+    command.set_defaults(call=_reward)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -246,6 +274,20 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     return _conversion().run_verify(arguments.folder, arguments.checkpoint, arguments.report)
+
+
+def _reward(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        print(json.dumps(RewardsConfig.model_json_schema(), indent=1, ensure_ascii=False))
+        return OK
+    if arguments.file is None:
+        raise ConfigError("no file of answers given; `glmv reward --help` says what its lines hold")
+    overrides = [item for item in arguments.config if "=" in item and not Path(item).is_file()]
+    try:
+        config = load(RewardsConfig, [item for item in arguments.config if item not in overrides], overrides)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("glmv check --schema", "glmv reward --schema")) from None
+    return importlib.import_module("megatron_glmv.rl.rewards.command").run(arguments.file, config, arguments.out)
 
 
 def _conversion() -> Any:

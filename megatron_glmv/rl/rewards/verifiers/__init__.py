@@ -1,0 +1,1 @@
+"""One file a verifier; `rewards/registry.py` lists them."""
