@@ -118,7 +118,7 @@ def test_a_wrong_mixture_is_a_usage_error(mixture: str, tmp_path: Path, capsys: 
 
 
 def test_help_names_the_tools_and_explains_each(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, text in (([], "train-tokenizer"), (["digits"], "per mille"), (["pack"], "skipped.jsonl")):
+    for arguments, text in (([], "train-tokenizer"), (["digits"], "per mille"), (["pack"], "dropped.jsonl")):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*arguments, "--help"])
         assert stopped.value.code == 0
