@@ -145,10 +145,9 @@ def write_corpus(folder: Path, count: int) -> None:
 
 def run_tool(count: int, folder: Path, processor: Path, length: int) -> None:
     """Time `glmv-data pack` on a corpus of files and print what a million samples would take."""
-    if not (folder / "raw").exists():
-        write_corpus(folder / "raw", count)
-    for old in ("rows", "rows.partial"):
+    for old in ("raw", "rows", "rows.partial"):
         shutil.rmtree(folder / old, ignore_errors=True)
+    write_corpus(folder / "raw", count)
     started = time.monotonic()
     command = [sys.executable, "-m", "data_tools", "pack", folder / "raw" / "samples.jsonl", folder / "rows", "--processor",
                processor, "--length", length, "--skip-long"]  # fmt: skip
