@@ -42,6 +42,23 @@ class Task:
 
 
 @dataclass(frozen=True)
+class MediaFile:
+    """A picture or video of a prompt as it is stored, for engines that decode it themselves.
+
+    Attributes:
+        kind: which of the two.
+        data: the file's bytes, upright as the prompt's patches are.
+        extension: of the file, without the dot.
+        num_frames: entries of the prompt's frames that it takes.
+    """
+
+    kind: Literal["image", "video"]
+    data: bytes = field(repr=False)
+    extension: str
+    num_frames: int = 1
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A task as the model reads it. n = tokens.
 
@@ -50,12 +67,14 @@ class Prompt:
         tokens: [n] int64, chat template applied, visual placeholders expanded, up to where the assistant begins.
         frames: (rows, columns) in patches of every frame, in token order.
         patches: [N, patch_dim] uint8 or float32 pixels of all frames, on ranks that need them.
+        files: pictures and videos in token order, on ranks whose engine needs them.
     """
 
     task: Task
     tokens: npt.NDArray[np.int64]
     frames: tuple[tuple[int, int], ...] = ()
     patches: Tensor | None = None
+    files: tuple[MediaFile, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ def engine(seed: int = 0, **changes) -> EmbeddedEngine:
     return made
 
 
+def answers(made: EmbeddedEngine, requests: list[Request]) -> list[list[Rollout]]:
+    """To each request, in order."""
+    found = dict(made.generate(requests))
+    return [found[place] for place in range(len(requests))]
+
+
 def trainer_logprobs(rank: int, seed: int, answered: list[tuple[Prompt, Rollout]]) -> list[np.ndarray]:
     """Of every answer's tokens under Megatron's model."""
     from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
@@ -70,7 +76,7 @@ def answered() -> dict[int, list[tuple[Prompt, Rollout]]]:
     for seed in (0, 4):
         made.update_weights(oracle.random_model("digits", seed).state_dict().items(), version=seed)
         prompts = [prompt(name) for name in CASES]
-        rollouts = made.generate([Request(one, 4, seed=7) for one in prompts])
+        rollouts = answers(made, [Request(one, 4, seed=7) for one in prompts])
         found[seed] = [(one, rollout) for one, group in zip(prompts, rollouts, strict=True) for rollout in group]
     return {seed: [(one, rollout) for one, rollout in pairs if len(rollout.tokens)] for seed, pairs in found.items()}
 
@@ -89,16 +95,16 @@ def test_the_trainer_gives_the_same_log_probabilities(answered, seed: int) -> No
 def test_answers_depend_on_the_seed_and_not_on_the_batch() -> None:
     made = engine()
     asked = prompt("several_images")
-    together = made.generate([Request(prompt("text_only"), 6, seed=1), Request(asked, 5, seed=2)])[1]
-    alone = made.generate([Request(asked, 5, seed=2)])[0]
-    other = made.generate([Request(asked, 5, seed=3)])[0]
+    together = answers(made, [Request(prompt("text_only"), 6, seed=1), Request(asked, 5, seed=2)])[1]
+    alone = answers(made, [Request(asked, 5, seed=2)])[0]
+    other = answers(made, [Request(asked, 5, seed=3)])[0]
     assert [one.tokens.tolist() for one in together] == [one.tokens.tolist() for one in alone]
     assert [one.tokens.tolist() for one in other] != [one.tokens.tolist() for one in alone]
     assert len({tuple(one.tokens) for one in alone}) == 5
 
 
 def test_answers_end_with_a_stop_or_at_their_length() -> None:
-    for rollout in engine(rule=40, temperature=2.0).generate([Request(prompt("text_only"), 40, seed=1)])[0]:
+    for rollout in answers(engine(rule=40, temperature=2.0), [Request(prompt("text_only"), 40, seed=1)])[0]:
         stops = np.isin(rollout.tokens, STOPS)
         if rollout.finish == "stop":
             assert stops.tolist() == [False] * (len(stops) - 1) + [True]
@@ -113,8 +119,8 @@ def test_sampling_follows_the_softmax() -> None:
     model = oracle.random_model("digits")
     made.update_weights(model.state_dict().items(), version=0)
     asked = prompt("text_only")
-    answers = made.generate([Request(asked, 20_000, seed=5)])[0]
-    drawn = np.array([one.tokens[0] for one in answers if one.finish != "abort"])
+    given = answers(made, [Request(asked, 20_000, seed=5)])[0]
+    drawn = np.array([one.tokens[0] for one in given if one.finish != "abort"])
     with torch.no_grad():
         chances = model(input_ids=torch.from_numpy(asked.tokens)[None]).logits[0, -1].softmax(-1).numpy()
     likely = np.argsort(chances)[-20:]
@@ -130,7 +136,7 @@ def test_a_nucleus_leaves_the_tail_out() -> None:
         chances = model(input_ids=torch.from_numpy(asked.tokens)[None]).logits[0, -1].softmax(-1)
     ordered, order = chances.sort(descending=True)
     allowed = set(order[: int((ordered.cumsum(0) < 0.5).sum()) + 1].tolist())
-    drawn = {int(one.tokens[0]) for one in engine(rule=1, top_p=0.5).generate([Request(asked, 200, seed=5)])[0]}
+    drawn = {int(one.tokens[0]) for one in answers(engine(rule=1, top_p=0.5), [Request(asked, 200, seed=5)])[0]}
     assert drawn <= allowed and len(drawn) > 3
 
 
@@ -140,7 +146,7 @@ def test_weights_that_do_not_come_whole_are_refused() -> None:
     with pytest.raises(EngineError, match=r"no tensor model\.extra of \[2\]"):
         made.update_weights([("model.extra", torch.zeros(2))], version=1)
     with pytest.raises(EngineError, match="no complete weights"):
-        made.generate([Request(prompt("text_only"), 1, seed=0)])
+        answers(made, [Request(prompt("text_only"), 1, seed=0)])
     weights.pop("lm_head.weight")
     with pytest.raises(EngineError, match=r"lack lm_head\.weight"):
         made.update_weights(weights.items(), version=1)

@@ -13,7 +13,7 @@ the prompt's) and cache_utils.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,12 +86,20 @@ class EmbeddedEngine:
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[list[Rollout]]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Rollout]]]:
         """Answers to each request, in order; they depend on the weights, the request and its seed alone, up to rounding."""
         self.check_health()
         found: list[list[Rollout]] = [[] for _ in requests]
-        batch: list[tuple[int, int]] = []  # (request, answers of it)
+        complete = 0
+        for batch in self._batches(requests):
+            self._answer(requests, batch, found)
+            while complete < len(requests) and len(found[complete]) == requests[complete].num_answers:
+                yield complete, found[complete]
+                complete += 1
+
+    def _batches(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, int]]]:
+        """Which answers decode together: (request, answers of it), at most `max_answers` in all."""
+        batch: list[tuple[int, int]] = []
         for number, request in enumerate(requests):
             left = request.num_answers
             while left:
@@ -100,12 +108,12 @@ class EmbeddedEngine:
                 batch.append((number, taken))
                 left -= taken
                 if taken == room:
-                    self._answer(requests, batch, found)
+                    yield batch
                     batch = []
         if batch:
-            self._answer(requests, batch, found)
-        return found
+            yield batch
 
+    @torch.inference_mode()
     def _answer(self, requests: Sequence[Request], batch: Sequence[tuple[int, int]], found: list[list[Rollout]]) -> None:
         """Let the answers of one batch decode together."""
         prompts = [requests[number].prompt for number, _ in batch]

@@ -6,7 +6,7 @@ Weights arrive under Hugging Face's names, one tensor at a time, from the conver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,8 +58,12 @@ class Request:
 class Engine(Protocol):
     """Samples answers from the policy's newest weights."""
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Rollout]]:
-        """Answers to each request, in order.
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Rollout]]]:
+        """Answers to each request, as soon as they are complete, so that they can be judged while others are sampled.
+
+        Yields:
+            The request's place and its answers, each request once, in any order; fewer answers than were asked for where some
+            could not be had.
 
         Raises:
             EngineError: no answers can be had.
