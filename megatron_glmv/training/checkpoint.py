@@ -28,19 +28,20 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_glmv.config.base import to_yaml
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.training import StageConfig
 from megatron_glmv.convert import checkpoint_folder as folders
 from megatron_glmv.convert.checkpoint_folder import CheckpointError
 from megatron_glmv.convert.checkpoint_tensors import read_index
 from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
+from megatron_glmv.training.optimizer import gather_weights
 from megatron_glmv.training.random_state import read_generators, restore_generators
 from megatron_glmv.training.state import TrainState
 
@@ -69,8 +70,11 @@ class Checkpointer:
         CheckpointError: the run folder holds checkpoints and ``checkpoint.resume`` is off.
     """
 
-    def __init__(self, config: TrainConfig, model_chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:
+    def __init__(
+        self, config: StageConfig, model_chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+    ) -> None:
         self._config = config
+        self._chunks = model_chunks
         # The wrappers' state has other prefixes than the model's own, which another layout or precision must find again.
         self._models = [unwrap_model(chunk) for chunk in model_chunks]
         self._optimizer = optimizer
@@ -98,6 +102,7 @@ class Checkpointer:
         folder = folders.folder_of(self._config.run_folder, state.step)
         if folders.latest(self._config.run_folder) == folder:
             return  # the one this run resumed from, or saved just now
+        gather_weights(self._chunks)
         self._create_moments()
         self._align_optimizer_steps()
         tree = self._state_dict(is_loading=False)
@@ -258,7 +263,7 @@ def _content() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def _layout(config: TrainConfig) -> dict[str, int]:
+def _layout(config: StageConfig) -> dict[str, int]:
     """The layout that random states belong to."""
     parallel = config.parallel
     return {

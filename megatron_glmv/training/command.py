@@ -21,7 +21,8 @@ from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.flops import device_peak
 from megatron_glmv.training.loop import Run, open_stream, train
-from megatron_glmv.training.metrics import METRICS_FILE, MetricsWriter, draw_loss
+from megatron_glmv.training.metrics import MetricsWriter, draw_loss
+from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
 

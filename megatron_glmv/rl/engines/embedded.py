@@ -44,6 +44,8 @@ class EmbeddedEngine:
         device: where it runs.
     """
 
+    weights_on_every_rank = True
+
     def __init__(
         self,
         shape: ModelShape,

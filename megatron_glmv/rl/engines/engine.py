@@ -56,7 +56,13 @@ class Request:
 
 
 class Engine(Protocol):
-    """Samples answers from the policy's newest weights."""
+    """Samples answers from the policy's newest weights.
+
+    Attributes:
+        weights_on_every_rank: every rank's engine holds a model of its own and takes the weights; False: rank 0's alone does.
+    """
+
+    weights_on_every_rank: bool
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Rollout]]]:
         """Answers to each request, as soon as they are complete, so that they can be judged while others are sampled.
