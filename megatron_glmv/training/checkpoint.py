@@ -9,8 +9,9 @@ Source: megatron-core 0.16.1, dist_checkpointing/serialization.py and optimizer/
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class _Pending:
     partial: Path
     folder: Path
     state: TrainState
+    extra: dict[str, str]
 
 
 class Checkpointer:
@@ -92,8 +94,12 @@ class Checkpointer:
             )
         _on_first_rank(lambda: files.clean_leftovers(config.run_folder))
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
         """Save after `state.step` steps; with ``checkpoint.asynchronous`` only the copying is done when this returns.
+
+        Args:
+            state: counters.
+            extra: file name -> tree of JSON to keep in the checkpoint; rank 0's is written.
 
         Raises:
             CheckpointError: the disk is full or refuses; older checkpoints are untouched.
@@ -121,8 +127,9 @@ class Checkpointer:
         except _FAILURES as error:
             raise _unwritable(folder, error) from error
         self._validated = True
+        written = {name: json.dumps(tree) for name, tree in (extra or {}).items()}
         write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
-        self._pending = _Pending(write, partial, folder, dataclasses.replace(state))
+        self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written)
         if not self._config.checkpoint.asynchronous:
             self._finish()
 
@@ -217,6 +224,8 @@ class Checkpointer:
 
     def _publish(self, pending: _Pending) -> None:
         state = pending.state
+        for name, text in pending.extra.items():
+            (pending.partial / name).write_text(text, encoding="utf-8")
         manifest = {"step": state.step, "state": dataclasses.asdict(state), "saved_at": time.time(), **self._run}
         folders.publish(pending.partial, pending.folder, manifest, to_yaml(self._config))
         files.retire(self._config.run_folder, self._config.checkpoint)
