@@ -91,7 +91,7 @@ def test_a_box_holds_the_ink_of_its_digit(folder: Path, samples: list[dict]) -> 
 
 
 def test_a_clip_shows_each_digit_for_one_temporal_patch(folder: Path, samples: list[dict]) -> None:
-    """As the quickstart's processor samples it. The conversion of colours moves a value by 14 at most, by 2 on average (150 clips)."""
+    """As the quickstart's processor samples it. The colours' conversion moves a value by 14 at most, by 2 on average."""
     scans = handwriting.load_scans()
     watched = [sample for sample in samples if sample["task"] == "watch"]
     lengths = set()
