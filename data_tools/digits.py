@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,15 +24,17 @@ from data_tools.handwriting import (
     Scans,
     in_a_row,
     load_scans,
-    on_a_grid,
     one_by_one,
+    scattered,
     write_clip,
     write_picture,
 )
 
 REPORT = "digits.json"
 
-LONGEST_CLIP = 4
+GRID = (2, 4)
+"""Rows and columns of the pictures with two rows."""
+LONGEST_CLIP = 5
 """Digits of the longest clip."""
 
 HELP = """\
@@ -42,9 +45,9 @@ Tasks, mixed by --mixture; eval has all that are mixed in, in equal shares:
   count  digits on a grid                  "How many digits are there?"     -> 5
                                            "How often does 3 appear?"       -> 2
   add    two digits in a row               "What is the sum of the digits?" -> 14
-  point  a digit of a row, seen once       "Where is the digit 7?"          -> <|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>
-         (per mille of width and height, 0 to 999, as GLM-4.1V writes boxes)
-  watch  1 to 4 digits, one after the      "Which digits appear, in order?" -> 407
+  point  one of 1 to 6 digits in a row     "Where is the digit 7?"          -> <|begin_of_box|>[[x1,y1,x2,y2]]<|end_of_box|>
+         with gaps; per mille of width and height, 0 to 999, as GLM-4.1V writes boxes
+  watch  1 to 5 digits, one after the      "Which digits appear, in order?" -> 407
          other, a second each, in a video
 
 Beside its messages a record has what `glmv rl` and `glmv reward` read: the verifier's domain (ocr, counting, grounding, video),
@@ -64,7 +67,7 @@ class Plan:
     mixture: dict[str, float]
     max_digits: int
     length_skew: float = 1.0
-    """Training rows of n digits are drawn with weight n ** -skew: short ones teach the digits first; eval rows are uniform."""
+    """Training samples of n digits are drawn with weight n ** -skew: short ones teach the digits first; eval is uniform."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def make_read(scans: Scans, plan: Plan, random: np.random.Generator) -> Question
 
 def make_count(scans: Scans, plan: Plan, random: np.random.Generator) -> Question:
     """How many digits there are, or how many of one kind."""
-    picture = on_a_grid(scans, int(random.integers(1, 9)), random)
+    picture = scattered(scans, int(random.integers(1, 9)), GRID, random)
     if random.random() < 0.5:
         return Question(picture, "How many digits are there?", str(len(picture.digits)))
     digit = int(random.choice(picture.digits)) if random.random() < 0.8 else int(random.integers(10))
@@ -110,7 +113,7 @@ def make_add(scans: Scans, plan: Plan, random: np.random.Generator) -> Question:
 def make_point(scans: Scans, plan: Plan, random: np.random.Generator) -> Question:
     """The box of a digit that is seen once."""
     while True:
-        picture = in_a_row(scans, _draw_length(2, 6, plan, random), max(6, plan.max_digits), random)
+        picture = scattered(scans, _draw_length(1, 6, plan, random), (1, max(6, plan.max_digits)), random)
         once = [i for i, digit in enumerate(picture.digits) if picture.digits.count(digit) == 1]
         if once:
             break
@@ -153,7 +156,7 @@ TASKS = {
     "read": Task("ocr", make_read), "count": Task("counting", make_count), "add": Task("counting", make_add),
     "point": Task("grounding", make_point), "watch": Task("video", make_watch, "video"),
 }  # fmt: skip
-DEFAULT_MIXTURE = {"read": 0.55, "count": 0.1, "add": 0.12, "point": 0.15, "watch": 0.08}
+DEFAULT_MIXTURE = {"read": 0.62, "count": 0.1, "add": 0.1, "point": 0.16, "watch": 0.02}
 
 
 def make_sample(scans: Scans, plan: Plan, split: str, number: int) -> tuple[dict[str, Any], Drawing]:
@@ -274,11 +277,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"share of each task (default {default})")  # fmt: skip
     parser.add_argument("--max-digits", type=int, default=8, choices=range(1, 17), metavar="1..16",
                         help="longest row of the task read (default %(default)s)")  # fmt: skip
+    parser.add_argument("--length-skew", type=float, default=1.0, metavar="X",
+                        help="training samples of n digits are as frequent as n to the power of -X; 0: all lengths alike, "
+                             "as in eval (default %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the tool and print its report."""
     if args.train < 1 or args.eval < 1 or args.seed < 0:
         raise ValueError("--train and --eval must be at least 1, --seed at least 0")
-    plan = Plan(args.seed, args.train, args.eval, args.mixture, args.max_digits)
+    if not math.isfinite(args.length_skew):
+        raise ValueError("--length-skew must be a finite number")
+    plan = Plan(args.seed, args.train, args.eval, args.mixture, args.max_digits, args.length_skew)
     print(json.dumps(write_digits(args.out, plan)))

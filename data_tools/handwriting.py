@@ -37,8 +37,6 @@ WARPS = ((0, 0.0), (-10, 0.0), (10, 0.0), (0, -0.2), (0, 0.2), (-6, 0.15), (6, -
 """Degrees of turn and shear that training scans appear under; held-out scans appear only as they are, the first of these."""
 PRESSURE = (0.8, 1.25)
 """Exponents of the ink of training scans: thicker and thinner pens."""
-GRID_COLUMNS = 4
-"""Cells a row of the pictures with two rows."""
 NUM_HELD_OUT = 360
 SPLITS = ("train", "eval")
 FPS = 2
@@ -154,11 +152,11 @@ def in_a_row(scans: Scans, count: int, columns: int, random: np.random.Generator
     return compose(scans, random.integers(len(scans.labels), size=count), cells, (1, columns), random)
 
 
-def on_a_grid(scans: Scans, count: int, random: np.random.Generator) -> Drawing:
-    """`count` digits in random cells of two rows."""
-    places = np.sort(random.choice(2 * GRID_COLUMNS, size=count, replace=False))
-    cells = [(int(place) // GRID_COLUMNS, int(place) % GRID_COLUMNS) for place in places]
-    return compose(scans, random.integers(len(scans.labels), size=count), cells, (2, GRID_COLUMNS), random)
+def scattered(scans: Scans, count: int, shape: tuple[int, int], random: np.random.Generator) -> Drawing:
+    """`count` digits in random cells of a picture of `shape` rows and columns, in reading order."""
+    places = np.sort(random.choice(shape[0] * shape[1], size=count, replace=False))
+    cells = [(int(place) // shape[1], int(place) % shape[1]) for place in places]
+    return compose(scans, random.integers(len(scans.labels), size=count), cells, shape, random)
 
 
 def one_by_one(scans: Scans, count: int, random: np.random.Generator) -> Drawing:

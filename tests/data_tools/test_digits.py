@@ -19,7 +19,7 @@ from megatron_glmv.rl.types import Task
 from megatron_glmv.sequence.grid import PixelLimits
 
 DOMAINS = {"ocr", "counting", "grounding", "video"}
-PLAN = digits.Plan(seed=3, train=160, eval=60, mixture=digits.DEFAULT_MIXTURE, max_digits=8)
+PLAN = digits.Plan(seed=3, train=160, eval=100, mixture=digits.DEFAULT_MIXTURE, max_digits=8)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -63,7 +63,7 @@ def test_answers_follow_from_the_picture(samples: list[dict]) -> None:
             assert int(answer) == len(drawn)
         elif sample["task"] == "watch":
             assert answer == "".join(map(str, drawn))
-            assert 1 <= len(drawn) <= 4
+            assert 1 <= len(drawn) <= 5
             assert len(drawn) == 1 or drawn[0]
         else:
             assert drawn.count(sample["digit"]) == 1
@@ -112,7 +112,7 @@ def test_a_clip_shows_each_digit_for_one_temporal_patch(folder: Path, samples: l
             dark = pixels.mean(axis=2) < (frames.max() + frames.min()) / 2
             assert dark.sum() == dark[y1:y2, x1:x2].sum() > 20
         lengths.add(number)
-    assert lengths == {1, 2, 3, 4}
+    assert lengths >= {1, 2, 3, 4}
 
 
 def test_the_verifier_of_its_domain_calls_the_written_answer_right_and_another_wrong(samples: list[dict]) -> None:
