@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def test_batches_mix_prompt_lengths(data, hf_folder):
     assert {group[0].kind for group in groups} == {"image", "video"}
     assert sorted(q.sample["id"] for group in groups for q in group) == sorted(q.sample["id"] for q in questions)
     assert any(len({len(q.ids) for q in group}) > 1 for group in groups)
+
+
+def test_a_batch_holds_one_kind_of_medium():
+    """A clip of one digit is as large as a picture of one."""
+    grid = torch.tensor([[1, 2, 2]])
+    questions = [
+        evaluation.Question({"id": kind, "task": "read"}, kind, Path(kind), [1], torch.zeros(4, 1), grid)
+        for kind in ("image", "video", "image")
+    ]
+    assert [len(group) for group in evaluation.batches(questions, 8)] == [2, 1]
 
 
 def test_folder_without_a_bias_is_refused(hf_folder, tmp_path):
