@@ -106,9 +106,11 @@ class Run:
     def is_done(self) -> bool:
         """Whether the held-out prompts were answered at the end of the budget, or after the last iteration."""
         curve = self.curve()
-        return len(curve.eval_steps) > 1 and bool(
-            curve.eval_rollouts[-1] >= self.budget or curve.eval_steps[-1] >= self.config.steps
-        )
+        return self.has_spent(curve) or (len(curve.eval_steps) > 1 and curve.eval_steps[-1] >= self.config.steps)
+
+    def has_spent(self, curve: table.Curve) -> bool:
+        """Whether an evaluation lies beyond the budget."""
+        return len(curve.eval_steps) > 1 and bool(curve.eval_rollouts[-1] >= self.budget)
 
 
 def parse_arm(text: str, clip_low: float) -> Arm:
@@ -261,8 +263,9 @@ def run_all(runs: Sequence[Run], parallel: int, ranks: int) -> list[Run]:
                 active[run.file] = run, _start(run, parallel, ranks)
             time.sleep(POLL_S)
             for file, (run, process) in list(active.items()):
-                code, sampled[file] = process.poll(), run.curve().num_rollouts
-                if code is None and run.is_done():
+                code, curve = process.poll(), run.curve()
+                sampled[file] = curve.num_rollouts
+                if code is None and run.has_spent(curve) and curve.steps[-1] < run.config.steps:
                     _stop(process)
                 elif code is None:
                     continue
@@ -271,7 +274,7 @@ def run_all(runs: Sequence[Run], parallel: int, ranks: int) -> list[Run]:
                     failed.append(run)
                     line.note(f"{run.arm}, seed {run.seed} failed with exit code {code}: {_last_line(run.log)} ({run.log})")
                 else:
-                    line.note(f"{run.arm}, seed {run.seed} is done: {run.curve().describe()}")
+                    line.note(f"{run.arm}, seed {run.seed} is done: {curve.describe()}")
             todo = [*(run for run, _ in active.values()), *waiting]
             rest = sum(max(run.budget - sampled[run.file], 0) for run in todo)
             done = sum(max(sampled[file] - first[file], 0) for file in first)

@@ -22,7 +22,7 @@ from megatron_glmv.training.recorder import read_metrics
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,6 +31,8 @@ RISES = (0.5, 0.75)
 """Targets that are not given lie this far from the start to what the best arm ends at."""
 WINDOW = 0.05
 """Share of the iterations that the useful groups are averaged over, in the picture only."""
+MARKED = 30
+"""Curves of no more points than these have their points marked."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,10 @@ def read_curve(path: Path, group_size: int) -> Curve:
     names = sorted(set.intersection(*(set(accuracy) for *_, accuracy in evaluations))) if evaluations else []
     evaluations = evaluations if names else []
     columns = np.array(iterations, dtype=np.float64).reshape(-1, 7).T
-    when = np.array([found[:2] for found in evaluations], dtype=np.float64).reshape(-1, 2).T
+    steps, rollouts, judged, useful, chosen, filled, seconds = columns
+    eval_steps, eval_rollouts = np.array([found[:2] for found in evaluations], dtype=np.float64).reshape(-1, 2).T
     domains = {name: np.array([found[name] for *_, found in evaluations]) for name in names}
-    return Curve(*columns, *when, domains=domains)
+    return Curve(steps, rollouts, judged, useful, chosen, filled, seconds, eval_steps, eval_rollouts, domains)
 
 
 def reached(rollouts: Floats, accuracy: Floats, target: float, most: float) -> float | None:
@@ -280,7 +283,7 @@ def markdown(result: Comparison, config: RlConfig, changes: Mapping[str, str]) -
     heads += [f"rollouts to {target:.1%}" for target in result.targets] + ["s / iteration"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for name, row in rows.items():
-        cells = [name, str(len(row.seeds)), row.iterations.plain(), row.useful.percent(), row.useful_trained.percent()]
+        cells = [name, str(len(row.seeds)), row.iterations.plain(1), row.useful.percent(), row.useful_trained.percent()]
         cells += [
             row.accuracy.percent(),
             *(row.domains[domain].percent() if domain in row.domains else "-" for domain in domains),
@@ -313,48 +316,49 @@ def markdown(result: Comparison, config: RlConfig, changes: Mapping[str, str]) -
 
 def draw(result: Comparison, curves: Mapping[str, Mapping[int, Curve]], path: Path) -> None:
     """Write the picture: accuracy over rollouts, useful groups over iterations; seeds thin, their mean thick."""
+    most = result.rollouts * (1 + 1e-9)
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
                          "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.edgecolor": "#98a2b3"}):  # fmt: skip
-        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.2), layout="constrained")
-        window = 1
-        for number, (name, seeds) in enumerate((name, found) for name, found in curves.items() if found):
-            found, colour = list(seeds.values()), COLOURS[number % len(COLOURS)]
-            grid = np.unique(np.concatenate([curve.eval_rollouts for curve in found] + [np.array([result.rollouts])]))
-            grid = grid[grid <= result.rollouts]
-            _plot(left, grid, [np.interp(grid, curve.eval_rollouts, curve.accuracy) for curve in found], colour, name)
-            length = min(int(np.sum(curve.rollouts <= result.rollouts * (1 + 1e-9))) for curve in found)
-            window = max(1, math.ceil(WINDOW * length))
-            if length:
-                shares = [_smooth(curve.useful[:length] / np.maximum(curve.judged[:length], 1), window) for curve in found]
-                _plot(right, found[0].steps[:length], shares, colour, name)
+        figure, axes = plt.subplots(1, 3, figsize=(18, 5.2), layout="constrained")
+        for number, (name, found) in enumerate((name, list(seeds.values())) for name, seeds in curves.items() if seeds):
+            colour = COLOURS[number % len(COLOURS)]
+            grid = np.unique(np.concatenate([np.array([result.rollouts]), *(curve.eval_rollouts for curve in found)]))
+            grid = grid[grid <= most]
+            _plot(axes[0], grid, [np.interp(grid, curve.eval_rollouts, curve.accuracy) for curve in found], colour, name)
+            steps = found[0].steps[: min(int(np.sum(curve.rollouts <= most)) for curve in found)]
+            rolled = [curve.useful / np.maximum(curve.judged, 1) for curve in found]
+            trained = [1 - curve.filled / np.maximum(curve.chosen, 1) for curve in found]
+            for axis, shares in ((axes[1], rolled), (axes[2], trained)):
+                if len(steps):
+                    _plot(axis, steps, [_smooth(share[: len(steps)]) for share in shares], colour, name)
         for target in result.targets:
-            left.axhline(target, color="#667085", linewidth=0.8, linestyle=":")
-        left.set_title(f"held-out accuracy, mean over domains (up to {result.rollouts:,.0f} rollouts)")
-        left.set_xlabel("sampled answers")
-        left.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        right.set_title(
-            "useful share of the groups rolled out" + (f", mean of {WINDOW:.0%} of the iterations" if window > 1 else "")
-        )
-        right.set_xlabel("iterations")
-        right.set_ylim(top=1.0)
-        for axis in (left, right):
-            axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes[0].axhline(target, color="#667085", linewidth=0.8, linestyle=":")
+        axes[0].set_title("held-out accuracy, mean over domains")
+        axes[0].set_xlabel(f"sampled answers, up to the common {result.rollouts:,.0f}")
+        axes[0].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        for axis, which in ((axes[1], "rolled out"), (axes[2], "trained on")):
+            axis.set_title(f"useful share of the groups {which}")
+            axis.set_xlabel(f"iterations within them (running mean of {WINDOW:.0%})")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in axes:
+            axis.yaxis.set_major_formatter(PercentFormatter(1))
             axis.grid(axis="y", color="#eaecf0", linewidth=0.8)
-        left.legend(frameon=False, loc="lower right")
+        axes[0].legend(frameon=False, loc="lower right")
         figure.savefig(path, dpi=110, format="png")
         plt.close(figure)
 
 
 def _plot(axis: Axes, places: Floats, values: Sequence[Floats], colour: str, name: str) -> None:
+    marker = "o" if len(places) <= MARKED else ""
     if len(values) > 1:
         for own in values:
             axis.plot(places, own, color=colour, linewidth=0.7, alpha=0.45)
-    axis.plot(places, np.mean(values, axis=0), color=colour, linewidth=2.2, label=name)
+    axis.plot(places, np.mean(values, axis=0), color=colour, linewidth=2.2, marker=marker, markersize=4, label=name)
 
 
-def _smooth(values: Floats, window: int) -> Floats:
-    """Running mean over the last `window` values, fewer at the start."""
+def _smooth(values: Floats) -> Floats:
+    """Running mean over the last WINDOW of the values, fewer at the start."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    starts = np.maximum(ends - math.ceil(WINDOW * len(values)), 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
