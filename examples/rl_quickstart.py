@@ -23,12 +23,11 @@ DATA, TRAIN, HF, SUMMARY = FOLDER / "data", FOLDER / "train", FOLDER / "hf", FOL
 BEFORE, AFTER = FOLDER / "before.json", FOLDER / "after.json"
 
 MIXTURE = "read=0.2,count=0.2,add=0.2,point=0.2,watch=0.2"
-NUM_TRAIN, NUM_EVAL = 4000, 600
-DOMAINS = {"read": "ocr", "count": "counting", "add": "counting", "point": "grounding", "watch": "video"}
+NUM_TRAIN, NUM_EVAL = 6000, 1000
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Prompts, the start's answers, training, export, answers again, summary."""
+    """Prompts, the answers of the start, training, export, answers again, summary."""
     if SUMMARY.is_file():
         for old in (TRAIN, SUMMARY, AFTER):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -51,19 +50,16 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def summarize(seconds: dict[str, float]) -> dict[str, Any]:
-    """Accuracy of every task and domain before and after, from the files that the phases left."""
+    """Accuracy of every task before and after, from the files that the phases left."""
     before, after = (json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in (BEFORE, AFTER))
-    tasks = {task: _compare(before, after, [task]) for task in DOMAINS}
-    domains = {
-        domain: _compare(before, after, [task for task, own in DOMAINS.items() if own == domain])
-        for domain in sorted(set(DOMAINS.values()))
+    tasks = {
+        task: _compare(report["accuracy"], after[task]["accuracy"]) | {"chance": report["chance"], "samples": report["samples"]}
+        for task, report in before.items()
     }
     config = yaml.safe_load((TRAIN / "config.yaml").read_text(encoding="utf-8"))
-    means = {when: sum(domain[when] for domain in domains.values()) / len(domains) for when in ("before", "after")}
     return {
         "tasks": tasks,
-        "domains": domains,
-        "mean": {**means, "gain": means["after"] - means["before"]},
+        "mean": _compare(*(sum(task[when] for task in tasks.values()) / len(tasks) for when in ("before", "after"))),
         "iterations": config["steps"],
         "seed": config["seed"],
         "seconds": seconds,
@@ -71,19 +67,14 @@ def summarize(seconds: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _compare(before: dict[str, Any], after: dict[str, Any], tasks: Sequence[str]) -> dict[str, float]:
-    """Accuracy over the questions of some tasks."""
-    rates = {}
-    for when, report in (("before", before), ("after", after)):
-        rates[when] = sum(report[task]["right"] for task in tasks) / sum(report[task]["asked"] for task in tasks)
-    return {**rates, "gain": rates["after"] - rates["before"]}
+def _compare(before: float, after: float) -> dict[str, float]:
+    return {"before": before, "after": after, "gain": after - before}
 
 
 def table(summary: dict[str, Any]) -> list[str]:
     """The summary for people."""
     lines = [f"{'held-out accuracy, greedy':<28}{'before':>8}{'after':>8}{'gain':>8}"]
-    rows = [*(("  " + name, row) for name, row in summary["domains"].items()), ("mean of the domains", summary["mean"])]
-    for name, row in rows:
+    for name, row in (*summary["tasks"].items(), ("mean of the tasks", summary["mean"])):
         lines.append(f"{name:<28}{row['before']:>8.1%}{row['after']:>8.1%}{100 * row['gain']:>+8.1f}")
     return lines
 
