@@ -78,7 +78,7 @@ class RolloutPage:
         where = show_text(group.domain + (f" / {group.subcategory}" if group.subcategory else ""), 120)
         figures = (
             f'<div class="score">{_meter(rate)}<span><b>{group.num_right}</b> of {len(rewards)} right</span>'
-            f"<span>mean reward <b>{_number(mean)}</b></span></div>"
+            f"<span>mean reward <b>{'–' if mean is None else _number(mean)}</b></span></div>"
         )
         counts = Counter(group.answers)
         answers = "".join(_answer(answer, counts[answer]) for answer in list(counts)[:MAX_ANSWERS])
@@ -170,7 +170,7 @@ def _answer(answer: SampledAnswer, count: int) -> str:
         facts.append(f"forced: {answer.inserted / max(1, answer.tokens):.0%} inserted")
     if answer.finish != "stop":
         facts.append({"length": "cut at the limit", "abort": "given up"}.get(answer.finish, answer.finish))
-    advantage = "masked" if answer.advantage is None else f"{answer.advantage:+.2f}"
+    advantage = "" if answer.advantage is None else f"{answer.advantage:+.2f}"
     sign = "" if not answer.advantage else (" up" if answer.advantage > 0 else " down")
     detail = f'<div class="detail">{show_text(answer.detail, 600)}</div>' if answer.detail else ""
     return (
