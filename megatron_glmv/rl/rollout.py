@@ -51,6 +51,25 @@ class Wave:
     idle_share: float
 
 
+def join_waves(waves: Sequence[Wave]) -> Wave:
+    """Waves that ran one after the other as one."""
+    first, *rest = waves
+    if not rest:
+        return first
+    groups = [group for wave in waves for group in wave.groups]
+    seconds = sum(wave.rollout_s for wave in waves)
+    return Wave(
+        groups,
+        _tally(groups),
+        [reason for wave in waves for reason in wave.bad_prompts],
+        unanswered=sum(wave.unanswered for wave in waves),
+        missing=sum(wave.missing for wave in waves),
+        rollout_s=seconds,
+        reward_s=sum(wave.reward_s for wave in waves),
+        idle_share=sum(wave.idle_share * wave.rollout_s for wave in waves) / seconds,
+    )
+
+
 class Roller:
     """Rolls out prompts on all ranks; every method is called on every rank.
 
@@ -149,10 +168,7 @@ class Roller:
                 f"prompts: {self._num_bad} of {self._num_drawn} that were drawn cannot be read, more than "
                 f"prompts.max_bad_share {self._max_bad_share:g}; for instance {bad[0]}"
             )
-        tally = Tally()
-        for group in groups:
-            for answer in group.answers:
-                tally.add(group.prompt.task.domain, answer.reward)
+        tally = _tally(groups)
         tally.check(self._max_masked_share)
         sampled = [part["sampled_s"] for part in parts]
         return Wave(
@@ -165,6 +181,14 @@ class Roller:
             reward_s=max(part["judged_s"] for part in parts),
             idle_share=1 - sum(sampled) / (len(sampled) * max(sampled)),
         )
+
+
+def _tally(groups: Sequence[Group]) -> Tally:
+    tally = Tally()
+    for group in groups:
+        for answer in group.answers:
+            tally.add(group.prompt.task.domain, answer.reward)
+    return tally
 
 
 def _group(prompt: Prompt, judging: _Judging) -> Group:

@@ -25,7 +25,7 @@ from megatron_glmv.rl.policy_step import update_on
 from megatron_glmv.rl.reference import Reference
 from megatron_glmv.rl.report import Iteration, by_name, describe, describe_groups, mean, record_of
 from megatron_glmv.rl.rewards.rewarder import Rewarder
-from megatron_glmv.rl.rollout import Roller
+from megatron_glmv.rl.rollout import Roller, Wave, join_waves
 from megatron_glmv.rl.rollout_files import rollout_file, write_rollouts
 from megatron_glmv.rl.types import Task
 from megatron_glmv.rl.weights import send_weights
@@ -109,10 +109,7 @@ def iterate(run: RlRun) -> dict[str, Any]:
     """One iteration; returns its record."""
     config, state, clock = run.config, run.state, Clock()
     batch = config.sampling.prompts_per_step
-    run.watchdog.beat(state.step, "rollout")
-    keys = run.curriculum.draw(state.step, run.expansion.num_prompts(batch))
-    tiers = {key: run.curriculum.tier_of(key) for key in keys}
-    wave = run.roller.roll_out(keys, config.sampling.group_size, [config.seed, _TRAINING, state.step])
+    wave, tiers = roll_out(run)
     ratio = run.expansion.update(wave.groups)
     selection = run.expansion.select(wave.groups, batch)
     run.curriculum.observe(state.step, wave.groups)
@@ -150,6 +147,22 @@ def iterate(run: RlRun) -> dict[str, Any]:
             path = rollout_file(config.run_folder, state.step)
             write_rollouts(path, state.step, wave.groups, set(selection.chosen), advantages, listed)
     return record
+
+
+def roll_out(run: RlRun) -> tuple[Wave, dict[str, str]]:
+    """The answers of one iteration, and the tier of each of its prompts when it was drawn."""
+    config, step, batch = run.config, run.state.step, run.config.sampling.prompts_per_step
+    waves: list[Wave] = []
+    tiers: dict[str, str] = {}
+    num_prompts = 0
+    while not waves or run.expansion.wants_more([group for wave in waves for group in wave.groups], num_prompts, batch):
+        run.watchdog.beat(step, "rollout")
+        count = run.expansion.num_prompts(batch)
+        keys = run.curriculum.draw(step, count)
+        tiers |= {key: run.curriculum.tier_of(key) for key in keys}
+        waves.append(run.roller.roll_out(keys, config.sampling.group_size, [config.seed, _TRAINING, step, len(waves)]))
+        num_prompts += count
+    return join_waves(waves), tiers
 
 
 def evaluate(run: RlRun) -> dict[str, Any]:
