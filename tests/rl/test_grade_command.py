@@ -246,9 +246,15 @@ def test_what_could_not_be_judged_is_asked_again(base: Path, capsys: pytest.Capt
     assert "could not be judged, more than max_masked_share 0.25: no_judge" in capsys.readouterr().err
     counts = [json.loads(line) for line in (base / "judged/graded.partial/counts-0-of-1.jsonl").read_bytes().splitlines()]
     assert [(count["key"], count["masked"] > 0) for count in counts] == [("general", True), ("reading", False)]
+    judged = counts[0]["answers"]
+    counts[0] |= {"answers": 0, "masked": NUM_ANSWERS}
+    counts[1]["right"] = counts[1]["answers"] = 5  # what is counted is not counted again
+    (base / "judged/graded.partial/counts-0-of-1.jsonl").write_text("".join(json.dumps(count) + "\n" for count in counts))
     words[words.index("--config") + 1 : words.index("--config") + 2] = [str(base / "rl.yaml"), "rewards.max_masked_share=1"]
     assert cli.main(words) == 0
-    assert lines(base / "judged/graded.jsonl")["general"]["graded"][0]["masked"] == counts[0]["masked"]
+    assert lines(base / "judged/graded.dropped.jsonl")["reading"]["graded"][0]["answers"] == 5
+    again = (lines(base / "judged/graded.jsonl") | lines(base / "judged/graded.dropped.jsonl"))["general"]["graded"][0]
+    assert 0 < again["answers"] == judged == NUM_ANSWERS - again["masked"]
     assert "could not be judged" not in capsys.readouterr().err
 
 
