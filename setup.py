@@ -31,7 +31,7 @@ setup(
     package_data={
         "megatron_glmv.config": ["presets/*.json"],
         "megatron_glmv.rl.rewards": ["prompts/*.txt"],
-        "data_tools": ["page.css", "page.js"],
+        "data_tools": ["page.css", "page.js", "rollout_page.css", "rollout_page.js"],
     },
     install_requires=[
         "torch>=2.6",

@@ -21,7 +21,8 @@ TOOLS = {
     "render-ocr": ("data_tools.render_ocr", "render text pages over backgrounds, with the boxes of their lines"),
     "grounding": ("data_tools.grounding", "turn boxes into samples in GLM's per-mille convention"),
     "pack": ("data_tools.pack", "tokenise, measure and pack samples into rows of equal length"),
-    "inspect": ("data_tools.inspect_rows", "show packed rows as a page, and lint them"),
+    "inspect": ("data_tools.inspect_rows", "show packed rows as a page, and lint them; or the rollouts of a run"),
+    "grade": ("data_tools.grade", "sample and judge answers to prompts: pass rates, tiers, what to drop"),
     "stats": ("data_tools.stats", "draw histograms of packed data sets"),
 }
 """Tool name -> (module with add_arguments and run, one line of help)."""

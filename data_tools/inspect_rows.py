@@ -1,10 +1,12 @@
-"""`glmv-data inspect`: packed rows as a page to look at, and a lint of what training would learn wrongly from them."""
+"""`glmv-data inspect`: packed rows as a page to look at, and a lint of what training would learn wrongly from them.
+
+Rollouts of reinforcement learning go to `inspect_rollouts`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +15,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from data_tools.inspect_rollouts import DEFAULT_GROUPS, inspect_rollouts
 from data_tools.lint import Answers, Finding, Linter
+from data_tools.number_list import read_numbers
+from data_tools.rollouts import find_rollouts
 from data_tools.row_page import RowPage
 from megatron_glmv.config.base import InputError
 from megatron_glmv.data.chat import Chat
@@ -29,7 +34,14 @@ Writes one HTML file that needs nothing else: the chosen rows with their picture
 weight (hover one for its id, text, weight and positions), document boundaries, the three position axes and both budgets.
 
 Rows are also linted: media without a placeholder, wrong counts, no stop token trained, everything masked, broken think, answer
-and box tags. Findings are listed with links; the first rows that have some are added to the page."""
+and box tags. Findings are listed with links; the first rows that have some are added to the page.
+
+Of a run of `glmv rl` it shows the rollouts instead: every group's prompt with pictures, its answers with reward, reason and
+advantage (thinking folded), a summary by domain, and filters. Only the groups on the page are kept in memory.
+
+  glmv-data inspect runs/sft/rows --rows 3,10-19 --out rows.html
+  glmv-data inspect runs/rl --iterations 90-100 --domain math --count 200 --out rollouts.html
+  glmv-data inspect runs/rl/rollouts/step_00000100.jsonl"""
 
 
 class LintError(InputError):
@@ -44,15 +56,7 @@ def choose_rows(text: str | None, count: int, default: int = DEFAULT_ROWS) -> li
     """
     if text is None:
         return sorted(set(np.linspace(0, count - 1, min(default, count)).astype(int).tolist()))
-    rows: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not found:
-            raise ValueError(f"--rows {text}: not of the form 3,10-19")
-        rows += range(int(found[1]), int(found[2] or found[1]) + 1)
-    if not rows or max(rows) >= count:
-        raise ValueError(f"--rows {text}: the data set has rows 0 to {count - 1}")
-    return list(dict.fromkeys(rows))
+    return read_numbers("--rows", text, count)
 
 
 def lint_rows(reader: ShardReader, linter: Linter, rows: Sequence[int]) -> list[Finding]:
@@ -142,23 +146,51 @@ def _read_report(folder: Path) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `glmv-data inspect`."""
     parser.description = HELP
-    parser.add_argument("dataset", type=Path, metavar="DATASET", help="folder of `glmv-data pack`")
-    parser.add_argument("--rows", metavar="3,10-19", help=f"which to show (default: {DEFAULT_ROWS}, evenly spaced)")
-    parser.add_argument("--out", type=Path, default=Path("rows.html"), metavar="PAGE", help="default %(default)s")
+    parser.add_argument("dataset", type=Path, metavar="DATASET | RUN",
+                        help="folder of `glmv-data pack`; or run folder of `glmv rl`, or a file of its rollouts")  # fmt: skip
+    parser.add_argument(
+        "--rows", metavar="3,10-19",
+        help=f"which rows or groups to show (default: {DEFAULT_ROWS} or {DEFAULT_GROUPS}, evenly spaced)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, metavar="PAGE", help="default rows.html or rollouts.html")
     parser.add_argument("--processor", type=Path, metavar="FOLDER", help="default: the copy in the data set")
     parser.add_argument(
         "--lint-rows", type=int, default=1000, metavar="N", help="rows to lint, 0 for all (default %(default)s)"
     )
     parser.add_argument("--answers", choices=get_args(Answers), default="tagged",
                         help="check the form of answers that hold a think, answer or box tag, of all, or of none")  # fmt: skip
-    parser.add_argument("--strict", action="store_true", help="exit code 1 when the lint finds something")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 when the lint finds something, or a line is bad")
+    group = parser.add_argument_group("rollouts")
+    group.add_argument("--count", type=int, default=DEFAULT_GROUPS, metavar="N", help="groups to show (default %(default)s)")
+    group.add_argument("--iterations", metavar="3,10-19", help="to read (default: all)")
+    group.add_argument("--domain", metavar="NAME", help="to read (default: all)")
+    group.add_argument("--media-root", type=Path, metavar="FOLDER",
+                       help="where relative paths of pictures start (default: here, where the run was started)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the tool and print its report."""
-    report = inspect_rows(args.dataset, args.out, rows=args.rows, processor=args.processor, num_linted=args.lint_rows,
-                          answers=args.answers)  # fmt: skip
+    files = find_rollouts(args.dataset)
+    if files or args.dataset.is_file():
+        _run_rollouts(args, files)
+        return
+    report = inspect_rows(args.dataset, args.out or Path("rows.html"), rows=args.rows, processor=args.processor,
+                          num_linted=args.lint_rows, answers=args.answers)  # fmt: skip
     print(json.dumps(report))
     if args.strict and report["findings"]:
         found = ", ".join(f"{count} {code}" for code, count in report["findings"].items())
-        raise LintError(f"{args.dataset}: {found}; they are listed in {args.out}")
+        raise LintError(f"{args.dataset}: {found}; they are listed in {report['out']}")
+
+
+def _run_rollouts(args: argparse.Namespace, files: Sequence[Path]) -> None:
+    if not files:
+        raise ValueError(f"{args.dataset}: neither a folder of `glmv-data pack` nor a .jsonl file of rollouts")
+    if args.count < 1:
+        raise ValueError("--count: at least 1")
+    report = inspect_rollouts(
+        files, args.out or Path("rollouts.html"), title=args.dataset.resolve().name, rows=args.rows, count=args.count,
+        iterations=args.iterations, domain=args.domain, media_root=args.media_root,
+    )  # fmt: skip
+    print(json.dumps(report))
+    if args.strict and report["bad_lines"]:
+        raise LintError(f"{args.dataset}: {report['bad_lines']} lines hold no group; they are named in {report['out']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,13 +20,13 @@ from megatron_glmv.rl.curriculum import Curriculum
 from megatron_glmv.rl.engines.embedded import EmbeddedEngine
 from megatron_glmv.rl.engines.engine import Engine, Sampling
 from megatron_glmv.rl.expansion import Expansion
-from megatron_glmv.rl.force_answer import ForceRule
 from megatron_glmv.rl.picture import draw_curves
 from megatron_glmv.rl.prompt_reader import PromptReader
 from megatron_glmv.rl.prompts import PromptFiles
 from megatron_glmv.rl.reference import Reference
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rollout import Roller
+from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
@@ -80,7 +80,7 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
         reference = Reference(models)
     state = first_state(config, models, assembly, checkpointer)
     _load_state(config, state, curriculum, expansion)
-    sampling = make_sampling(config, chat)
+    sampling = sampling_in_ids(config.sampling, config.force_answer, config.model.shape, chat)
     longest = sampling.rule if isinstance(sampling.rule, int) else sampling.rule.max_tokens
     with contextlib.ExitStack() as stack:
         engine = open_engine(config, sampling)
@@ -123,23 +123,6 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
             recorder,
             watchdog,
         )
-
-
-def make_sampling(config: RlConfig, chat: Chat) -> Sampling:
-    """How the engine samples, in token ids."""
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(chat.tokenizer.encode(text, add_special_tokens=False))
-
-    def text(tokens: Sequence[int]) -> str:
-        return chat.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    force = config.force_answer
-    rule: ForceRule | int = config.sampling.max_tokens
-    if force.enabled:
-        rule = ForceRule(force.thinking_tokens, force.answer_tokens, ids(force.end_of_think), ids(force.answer_open))
-    stops = tuple(config.model.shape.tokens.eos)
-    return Sampling(config.sampling.temperature, config.sampling.top_p, stops, rule, text)
 
 
 def open_engine(config: RlConfig, sampling: Sampling) -> Engine:

@@ -71,14 +71,30 @@ class PromptFiles:
         Raises:
             PromptError: the file has changed since the start.
         """
+        folder, tree = self.line(key)
+        try:
+            return check_sample(tree.get("messages"), key, folder, answered=False)
+        except SampleError as error:
+            raise PromptError(
+                f"{self._places[key].path}: has changed since the run started ({error}); start it again"
+            ) from None
+
+    def line(self, key: str) -> tuple[Path, dict[str, Any]]:
+        """The folder that media paths of a prompt are relative to, and its line, read again from its file.
+
+        Raises:
+            PromptError: the file has changed since the start.
+        """
         place = self._places[key]
         try:
             with place.path.open("rb") as file:
                 file.seek(place.offset)
                 tree = json.loads(file.read(place.size))
-            return check_sample(tree["messages"], key, place.path.parent, answered=False)
-        except (OSError, ValueError, KeyError) as error:
+            if not isinstance(tree, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError) as error:
             raise PromptError(f"{place.path}: has changed since the run started ({error}); start it again") from None
+        return place.path.parent, tree
 
     def describe(self) -> str:
         """How many prompts, by domain, and what was skipped, in one line."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,18 @@ def write_rollouts(
     with partial.open("w", encoding="utf-8") as file:
         for place, (group, values, tier) in enumerate(zip(groups, advantages.values, tiers, strict=True)):
             line = _describe(group, values) | {"step": step, "chosen": place in chosen, "tier": tier}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(as_line(line) + "\n")
     partial.replace(path)
+
+
+def as_line(tree: Mapping[str, Any]) -> str:
+    """One line of JSON, with characters as they are where UTF-8 can hold them."""
+    text = json.dumps(tree, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return json.dumps(tree)
+    return text
 
 
 def _describe(group: Group, advantages: Sequence[float | None]) -> dict[str, Any]:
