@@ -184,3 +184,54 @@ def test_what_deserves_a_second_look_is_said(stage: Path, override: str, part: s
 def test_frozen_parts_are_marked(stage: Path):
     text = summarize(load(TrainConfig, [stage], ["model.freeze=[text]"]))
     assert [line.split()[0] for line in text.splitlines() if line.endswith("frozen")] == ["text", "head"]
+
+
+RL = """
+run_folder: runs/rl
+steps: 3
+model: {preset: glm-4.1v-9b}
+prompts: {sources: [{path: nowhere.jsonl}]}
+repack: {row_length: 20480}
+"""
+
+
+@pytest.fixture
+def rl_stage(tmp_path: Path) -> Path:
+    path = tmp_path / "rl.yaml"
+    path.write_text(RL, encoding="utf-8")
+    return path
+
+
+def test_check_knows_a_stage_of_reinforcement_learning(rl_stage: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["check", str(rl_stage)]) == 0
+    output = capsys.readouterr().out
+    assert "# iteration     128 prompts x 8 answers = 1,024 answers of at most 16,384 tokens; 1 update\n" in output
+    assert "prompts.sources: nowhere.jsonl is not here" in output
+    assert "model: reinforcement learning from random weights" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["repack.row_length=16384"], "repack.row_length: 16384 tokens hold no prompt beside an answer of 16384"),
+        (["sampling.group_size=1"], "sampling.group_size: Input should be greater than or equal to 2"),
+        (["sampling.speed=1"], "sampling.speed: unknown key; `glmv rl --schema` lists the keys there are"),
+        (["evaluation.every_steps=1"], "evaluation.every_steps: needs prompts.eval_sources"),
+        (["parallel.context=2", "repack.row_length=20482"], "repack.row_length: 20482 is not a multiple of 4"),
+        (["parallel.tensor=2"], "torchrun --standalone --nproc-per-node 2 -m megatron_glmv rl "),
+    ],
+)
+def test_a_stage_of_reinforcement_learning_that_cannot_run_is_refused(
+    rl_stage: Path, arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.main(["rl", str(rl_stage), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+
+
+def test_a_file_of_another_command_is_refused(rl_stage: Path, stage: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["train", str(rl_stage)]) == 2
+    assert "has prompts; it is a file for glmv rl" in capsys.readouterr().err
+    assert cli.main(["rl", str(stage)]) == 2
+    assert "has no prompts; it is a file for glmv train" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""The configuration's schema is a golden file: a change of a key, range, default or meaning shows in review.
+"""The configurations' schemas are golden files: a change of a key, range, default or meaning shows in review.
 
-Regenerate it with: glmv check --schema > tests/config/schema.json
+Regenerate them with: glmv check --schema > tests/config/schema.json; glmv rl --schema > tests/config/rl_schema.json
 """
 
 from __future__ import annotations
@@ -9,17 +9,23 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel
 
+from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.training import TrainConfig
 
-GOLDEN = Path(__file__).with_name("schema.json")
+GOLDEN = {
+    TrainConfig: ("schema.json", "glmv check --schema"),
+    RlConfig: ("rl_schema.json", "glmv rl --schema"),
+}
 
 
-def test_schema_is_the_golden_one():
-    assert TrainConfig.model_json_schema() == json.loads(GOLDEN.read_text(encoding="utf-8")), (
-        "the schema changed; if that is meant: glmv check --schema > tests/config/schema.json"
-    )
+@pytest.mark.parametrize("root", GOLDEN)
+def test_schema_is_the_golden_one(root: type[BaseModel]):
+    name, command = GOLDEN[root]
+    golden = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    assert root.model_json_schema() == golden, f"the schema changed; if that is meant: {command} > tests/config/{name}"
 
 
 def nodes(root: type[BaseModel]) -> Iterator[type[BaseModel]]:
@@ -30,9 +36,10 @@ def nodes(root: type[BaseModel]) -> Iterator[type[BaseModel]]:
                 yield from nodes(kind)
 
 
-def test_every_number_has_a_range():
+@pytest.mark.parametrize("root", GOLDEN)
+def test_every_number_has_a_range(root: type[BaseModel]):
     """A negative step count or a weight decay of -1 must not reach a rank."""
-    schemas = [root.model_json_schema() for root in nodes(TrainConfig)]
+    schemas = [node.model_json_schema() for node in nodes(root)]
     unbounded = [
         f"{schema['title']}.{name}"
         for schema in schemas

@@ -114,3 +114,16 @@ def test_rounding_does_not_ask_for_one_more():
     for _ in range(50):
         expansion.ratio_ema = 0.9 * expansion.ratio_ema + 0.1 * 1.1
     assert expansion.num_prompts(10) == 11
+
+
+def test_waves_follow_until_enough_groups_are_useful_or_the_cap_is_reached():
+    expansion = Expansion(ExpansionConfig(method="waves", max_ratio=3.0))
+    expansion.update([binary(0), binary(0), binary(4)])
+    assert expansion.num_prompts(2) == 2
+    useless, useful = [binary(0), binary(8)], [binary(3), binary(5)]
+    assert expansion.wants_more(useless, 2, 2)
+    assert expansion.wants_more([*useless, binary(3)], 4, 2)
+    assert not expansion.wants_more([*useless, *useful], 4, 2)
+    assert not expansion.wants_more([*useless, *useless], 6, 2)
+    for other in (ExpansionConfig(), ExpansionConfig(method="waves", enabled=False)):
+        assert not Expansion(other).wants_more(useless, 2, 2)
