@@ -56,7 +56,14 @@ class Request:
 
 
 class Engine(Protocol):
-    """Samples answers from the policy's newest weights."""
+    """Samples answers from the policy's newest weights.
+
+    Attributes:
+        weights_on_every_rank: whether every rank's engine takes new weights with `update_weights`, as one does that holds its
+            own model. Otherwise rank 0 alone does, and the other ranks then call `expect_version`.
+    """
+
+    weights_on_every_rank: bool
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Rollout]]]:
         """Answers to each request, as soon as they are complete, so that they can be judged while others are sampled.
@@ -74,6 +81,13 @@ class Engine(Protocol):
 
         Raises:
             EngineError: the weights did not arrive whole; the engine must not be used then.
+        """
+
+    def expect_version(self, version: int) -> None:
+        """Take note that the weights have come with `update_weights`, here or on rank 0, which must be through with it.
+
+        Raises:
+            EngineError: the engine has no weights of this version.
         """
 
     def check_health(self) -> None:
