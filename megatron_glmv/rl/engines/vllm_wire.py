@@ -192,10 +192,10 @@ def _read_piece(choice: Mapping[str, Any], max_tokens: int, stops: Sequence[int]
     finish: Finish = choice["finish_reason"]
     if finish not in get_args(Finish):
         raise ValueError(f"an answer ended with {finish!r}")
-    if len(tokens) > max_tokens or (finish == "stop") != bool(tokens and tokens[-1] in stops):
-        raise RequestFailed(
-            f"an answer of {len(tokens)} tokens, {max_tokens} allowed, ended with {finish} and not as it should"
-        )
+    if len(tokens) > max_tokens:
+        raise RequestFailed(f"an answer of {len(tokens)} tokens where {max_tokens} were allowed")
+    if finish == "stop" and tokens[-1] not in stops:
+        raise RequestFailed(f"an answer stopped at token {tokens[-1]}, which is none of its stop tokens")
     spans = choice["weight_versions"] or ()
     return Piece(tokens, logprobs, finish, frozenset(str(span["version"]) for span in spans))
 
