@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_glmv import __version__
-from megatron_glmv.config.base import ConfigError, InputError, load, to_yaml
+from megatron_glmv.config.base import Config, ConfigError, InputError, load, load_tree, to_yaml, validate
 from megatron_glmv.config.rewards import RewardsConfig
+from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.summary import summarize
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.training import StageConfig, TrainConfig
 
 OK, FAILED, BAD_USAGE = 0, 1, 2
 
@@ -31,6 +32,7 @@ examples:
   glmv check examples/sft.yaml parallel.tensor=4           the same with one value changed
   glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
   torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
+  glmv rl examples/rl.yaml --ranks 2                       answers, rewards, updates: two ranks on this machine
   glmv import GLM-4.1V-9B-Base checkpoints/base            a Hugging Face folder as a checkpoint, for any layout
   glmv export runs/sft runs/sft/hf                         a run's newest checkpoint as a Hugging Face folder
   glmv verify runs/sft/hf runs/sft                         are the two one model?
@@ -45,6 +47,11 @@ configuration. Files are merged left to right, then a.b=value arguments; a value
 TRAIN_HELP = """\
 Under torchrun every rank runs this command. Outside torchrun, --ranks N starts N ranks on this machine; without --ranks
 the run has one rank. A run folder that holds a complete checkpoint is resumed from it.
+"""
+RL_HELP = """\
+Reinforcement learning with curriculum sampling: prompts are drawn by difficulty, an engine samples groups of answers, verifiers
+judge them, and the policy is updated in the layout that the file names. Ranks, launchers, checkpoints and resuming are those of
+glmv train. docs/rl.md describes prompts, engines, rewards and every part.
 """
 IMPORT_HELP = """\
 Writes the weights of a Hugging Face folder as a checkpoint, a few rows at a time: no GPU, and a few GB of memory for any size.
@@ -114,6 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_configuration(command, required=True)
     command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
     command.set_defaults(call=_train)
+
+    command = commands.add_parser("rl", help="train one stage by rewards", description=RL_HELP, formatter_class=plain)
+    _add_configuration(command, required=False)
+    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    command.add_argument(
+        "--schema", action="store_true", help="print every key with its type, range and meaning as JSON schema"
+    )
+    command.set_defaults(call=_rl)
 
     _add_conversions(commands)
     _add_reward(commands)
@@ -203,21 +218,34 @@ def _add_configuration(command: argparse.ArgumentParser, *, required: bool) -> N
     )
 
 
-def _load(items: Sequence[str]) -> TrainConfig:
-    """The checked tree of a command line's files and overrides."""
+def _load(items: Sequence[str], root: type[StageConfig] | None = None) -> StageConfig:
+    """The checked tree of a command line's files and overrides; without a root, the one that fits: RL has prompts."""
     overrides = [item for item in items if "=" in item and not Path(item).is_file()]
     files = [item for item in items if item not in overrides]
     if not files:
         raise ConfigError("no configuration file given; examples/ holds one for every stage")
-    config = load(TrainConfig, files, overrides)
+    tree = load_tree(files, overrides)
+    if root is not None and (root is RlConfig) != ("prompts" in tree):
+        other = "glmv rl" if "prompts" in tree else "glmv train"
+        raise ConfigError(f"{', '.join(files)}: {'has' if 'prompts' in tree else 'has no'} prompts; it is a file for {other}")
+    root = RlConfig if "prompts" in tree else TrainConfig
+    try:
+        config = validate(root, tree, where=", ".join(files))
+    except ConfigError as error:
+        hint = "glmv rl --schema" if root is RlConfig else "glmv check --schema"
+        raise ConfigError(str(error).replace("glmv check --schema", hint)) from None
     config.check()
     return config
 
 
+def _print_schema(root: type[Config]) -> int:
+    print(json.dumps(root.model_json_schema(), indent=1, ensure_ascii=False))
+    return OK
+
+
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.schema:
-        print(json.dumps(TrainConfig.model_json_schema(), indent=1, ensure_ascii=False))
-        return OK
+        return _print_schema(TrainConfig)
     config = _load(arguments.configuration)
     print(to_yaml(config))
     print("\n".join(f"# {line}" for line in summarize(config).splitlines()))
@@ -225,7 +253,18 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = _load(arguments.configuration)
+    return _run_stage(arguments, "train", TrainConfig, "megatron_glmv.training.command")
+
+
+def _rl(arguments: argparse.Namespace) -> int:
+    if arguments.schema:
+        return _print_schema(RlConfig)
+    return _run_stage(arguments, "rl", RlConfig, "megatron_glmv.rl.command")
+
+
+def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConfig], module: str) -> int:
+    """Run a stage on this rank, or start the ranks that run it."""
+    config = _load(arguments.configuration, root)
     world = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
     if arguments.ranks is not None and arguments.ranks < 1:
         raise ConfigError(f"--ranks: {arguments.ranks} is not a number of ranks; give 1 or more")
@@ -233,25 +272,25 @@ def _train(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--ranks: torchrun has already started {world} ranks; leave --ranks out under torchrun")
     ranks = world or arguments.ranks or 1
     if ranks < config.parallel.model_ranks:
-        raise ConfigError(_too_few(config, ranks, arguments.configuration))
+        raise ConfigError(_too_few(config, ranks, [command, *arguments.configuration]))
     config.data_parallel(ranks)
     if world is None and ranks > 1:
-        return _start_ranks(ranks, arguments.configuration, config.run_folder)
-    return importlib.import_module("megatron_glmv.training.command").run(config)
+        return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder)
+    return importlib.import_module(module).run(config)
 
 
-def _too_few(config: TrainConfig, ranks: int, items: Sequence[str]) -> str:
+def _too_few(config: StageConfig, ranks: int, words: Sequence[str]) -> str:
     layout, needed = config.parallel, config.parallel.model_ranks
     return (
         f"parallel: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} needs {needed} ranks or a "
-        f"multiple, here are {ranks}; run: torchrun --standalone --nproc-per-node {needed} -m megatron_glmv train "
-        f"{shlex.join(items)}"
+        f"multiple, here are {ranks}; run: torchrun --standalone --nproc-per-node {needed} -m megatron_glmv "
+        f"{shlex.join(words)}"
     )
 
 
-def _start_ranks(ranks: int, items: Sequence[str], run_folder: Path) -> int:
+def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path) -> int:
     """Start ranks on this machine and end with the exit code of the first that failed."""
-    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, ["train", *items], run_folder)
+    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, words, run_folder)
 
 
 def _import(arguments: argparse.Namespace) -> int:
@@ -278,8 +317,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _reward(arguments: argparse.Namespace) -> int:
     if arguments.schema:
-        print(json.dumps(RewardsConfig.model_json_schema(), indent=1, ensure_ascii=False))
-        return OK
+        return _print_schema(RewardsConfig)
     if arguments.file is None:
         raise ConfigError("no file of answers given; `glmv reward --help` says what its lines hold")
     overrides = [item for item in arguments.config if "=" in item and not Path(item).is_file()]

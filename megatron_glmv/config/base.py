@@ -96,12 +96,21 @@ def load(root: type[Root], files: Sequence[Path | str], overrides: Sequence[str]
     Raises:
         ConfigError: one line naming the key at fault and what was expected.
     """
+    return validate(root, load_tree(files, overrides), where=", ".join(str(file) for file in files))
+
+
+def load_tree(files: Sequence[Path | str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Merge `files` and `overrides` into one plain tree.
+
+    Raises:
+        ConfigError: a file cannot be read, or an override cannot be parsed.
+    """
     tree: dict[str, Any] = {}
     for file in files:
         tree = merge(tree, read_yaml(Path(file)))
     for text in overrides:
         tree = merge(tree, parse_override(text))
-    return validate(root, tree, where=", ".join(str(file) for file in files))
+    return tree
 
 
 def validate(root: type[Root], tree: Mapping[str, Any], where: str = "") -> Root:

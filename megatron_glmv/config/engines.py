@@ -57,5 +57,5 @@ class VllmConfig(EngineBase, AskingConfig):
     """How new weights reach the servers."""
 
 
-AnyEngine = Annotated[EmbeddedConfig | VllmConfig, Field(discriminator="kind")]
+EngineConfig = Annotated[EmbeddedConfig | VllmConfig, Field(discriminator="kind")]
 """One of the engines, by its kind."""

@@ -85,6 +85,9 @@ class ExpansionConfig(Config):
     """Dynamic sampling expansion by ratio-EMA (paper); its coefficients are not disclosed."""
 
     enabled: bool = True
+    method: Literal["ema", "waves"] = "ema"
+    """ema: one wave of as many prompts as the smoothed ratio asks for (the paper's); waves: one batch after the other until
+    enough groups are useful or max_ratio is reached, as DAPO samples (arXiv 2503.14476, section 3.2), to compare with."""
     ema_decay: float = Field(default=0.9, ge=0, lt=1)
     """Share of the old average in the new one (not disclosed)."""
     start_ratio: float = Field(default=1.0, ge=1)

@@ -1,4 +1,4 @@
-"""What a training configuration amounts to: parameters, tokens, ranks, and what deserves a second look.
+"""What a configuration amounts to: parameters, tokens, ranks, and what deserves a second look.
 
 Everything here is arithmetic on the configuration; it is what ``glmv check`` prints below the resolved tree.
 """
@@ -11,43 +11,70 @@ from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.count import count_parameters
 from megatron_glmv.config.data import SourceConfig
 from megatron_glmv.config.linears import adapted_layers, count_adapters, linear_layers
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.rl_stage import RlConfig
+from megatron_glmv.config.training import StageConfig, TrainConfig
 
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def summarize(config: TrainConfig) -> str:
+def summarize(config: StageConfig) -> str:
     """A short readable account of `config`, one fact a line.
 
     Raises:
         ConfigError: the model's numbers cannot be read.
     """
-    count = count_parameters(config.model.shape)
-    frozen = config.model.freeze
-    parts = [("vision", count.vision), ("merger", count.merger), ("text", count.text), ("head", count.head)]
-    rows = config.global_batch_rows
-    tokens = rows * config.data.sequence_length
+    lines = [*_parameters(config), f"weights       {_start(config)}"]
+    lines += _rollout_lines(config) if isinstance(config, RlConfig) else []
+    lines += _step_lines(config) if isinstance(config, TrainConfig) else []
     layout = config.parallel
-    lines = ["parameters"]
-    for name, number in parts:
-        part = "text" if name == "head" else name
-        lines.append(f"  {name:<10}{number:>18,}{'  frozen' if part in frozen or config.model.lora else ''}")
     lines += [
-        f"  {'total':<10}{count.total:>18,}",
-        *_adapters(config, count.total),
-        f"weights       {_start(config)}",
-        f"step          {rows:,} rows x {config.data.sequence_length:,} tokens = {tokens:,} tokens",
-        f"stage         {config.steps:,} steps = {config.steps * tokens:,} tokens ({short(config.steps * tokens)})",
         f"one replica   {layout.model_ranks} ranks: tensor {layout.tensor} x pipeline {layout.pipeline}"
         + (f" (virtual {layout.virtual_pipeline})" if layout.virtual_pipeline > 1 else "")
         + f" x context {layout.context}",
-        f"data parallel {_data_sizes(config)}",
+        f"data parallel {_data_sizes(config) if isinstance(config, TrainConfig) else 'any size'}",
         f"precision     {_precision(config)}",
     ]
     return "\n".join(lines + [f"warning: {text}" for text in warnings(config)])
 
 
-def _adapters(config: TrainConfig, total: int) -> list[str]:
+def _parameters(config: StageConfig) -> list[str]:
+    """Numbers of parameters by part, and what of them learns."""
+    count = count_parameters(config.model.shape)
+    frozen = config.model.freeze
+    lines = ["parameters"]
+    for name, number in (("vision", count.vision), ("merger", count.merger), ("text", count.text), ("head", count.head)):
+        part = "text" if name == "head" else name
+        lines.append(f"  {name:<10}{number:>18,}{'  frozen' if part in frozen or config.model.lora else ''}")
+    return [*lines, f"  {'total':<10}{count.total:>18,}", *_adapters(config, count.total)]
+
+
+def _step_lines(config: TrainConfig) -> list[str]:
+    """Rows and tokens of a stage of training."""
+    rows, length = config.global_batch_rows, config.sequence_length
+    tokens = rows * length
+    return [
+        f"step          {rows:,} rows x {length:,} tokens = {tokens:,} tokens",
+        f"stage         {config.steps:,} steps = {config.steps * tokens:,} tokens ({short(config.steps * tokens)})",
+    ]
+
+
+def _rollout_lines(config: RlConfig) -> list[str]:
+    """Prompts and answers of a stage of reinforcement learning."""
+    groups, size = config.sampling.prompts_per_step, config.sampling.group_size
+    most = config.expansion.max_ratio if config.expansion.enabled else 1.0
+    updates = config.algorithm.updates_per_rollout
+    return [
+        f"iteration     {groups:,} prompts x {size} answers = {groups * size:,} answers of at most "
+        f"{config.max_answer_tokens:,} tokens; {updates} update{'s' if updates > 1 else ''}",
+        f"rolled out    1 to {most:g} times as many prompts (expansion {'on' if config.expansion.enabled else 'off'}), "
+        f"curriculum {'on' if config.curriculum.enabled else 'off'}",
+        f"stage         {config.steps:,} iterations = {config.steps * groups * size:,} answers trained on",
+        f"rows          {config.repack.row_length:,} tokens",
+        f"engine        {config.engine.kind}",
+    ]
+
+
+def _adapters(config: StageConfig, total: int) -> list[str]:
     """What learns with LoRA, by part of the model."""
     lora, shape = config.model.lora, config.model.shape
     if lora is None:
@@ -83,11 +110,9 @@ def data_parallel_sizes(config: TrainConfig) -> list[int]:
     return sizes
 
 
-def warnings(config: TrainConfig) -> list[str]:
+def warnings(config: StageConfig) -> list[str]:
     """What is allowed, but probably not meant; one line each, the key first."""
-    found = []
-    for key, sources in (("data.sources", config.data.sources), ("data.eval_sources", config.data.eval_sources)):
-        found += [f"{key}: {_missing(source)}" for source in sources if not (source.path / "index.json").is_file()]
+    found = _source_warnings(config)
     if config.checkpoint.every_steps > config.steps:
         found.append(f"checkpoint.every_steps: longer than the run of {config.steps} steps; only the end is saved")
     if config.optimizer.min_lr > config.optimizer.lr:
@@ -109,11 +134,25 @@ def warnings(config: TrainConfig) -> list[str]:
     return found
 
 
+def _source_warnings(config: StageConfig) -> list[str]:
+    """Of what rows or prompts come from."""
+    found = []
+    if isinstance(config, TrainConfig):
+        for key, sources in (("data.sources", config.data.sources), ("data.eval_sources", config.data.eval_sources)):
+            found += [f"{key}: {_missing(source)}" for source in sources if not (source.path / "index.json").is_file()]
+    if isinstance(config, RlConfig):
+        for key, files in (("sources", config.prompts.sources), ("eval_sources", config.prompts.eval_sources)):
+            found += [f"prompts.{key}: {file.path} is not here" for file in files if not file.path.is_file()]
+        if _start(config).startswith("random"):
+            found.append("model: reinforcement learning from random weights earns no reward; name weights to start from")
+    return found
+
+
 def _missing(source: SourceConfig) -> str:
     return f"{source.name}: {source.path}/index.json is not here; write the folder with `glmv-data pack`"
 
 
-def _start(config: TrainConfig) -> str:
+def _start(config: StageConfig) -> str:
     model = config.model
     if config.checkpoint.start_from is not None:
         return f"from the checkpoint {config.checkpoint.start_from}"
@@ -129,7 +168,7 @@ def _data_sizes(config: TrainConfig) -> str:
     return f"{', '.join(shown)}  ({sizes[0] * ranks:,} to {sizes[-1] * ranks:,} ranks)"
 
 
-def _precision(config: TrainConfig) -> str:
+def _precision(config: StageConfig) -> str:
     precision = config.precision
     layers = {"auto": "te on CUDA where it is installed, torch elsewhere", "te": "te", "torch": "torch"}[precision.layers]
     return f"{precision.dtype}, layers: {layers}, fp8 text {precision.fp8_text}, fp8 vision {precision.fp8_vision}"

@@ -1,10 +1,10 @@
-"""The root of a training run: every stage before reinforcement learning is one such file."""
+"""The root of a training run, and what it shares with that of reinforcement learning: a file is one stage."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -75,34 +75,36 @@ class EvaluationConfig(Config):
     """Rows of one evaluation; the same ones each time."""
 
 
-class TrainConfig(Config):
-    """One stage of training: pre-training, long-context training or SFT."""
+class StageConfig(Config):
+    """What every stage has, whatever its rows and its loss."""
 
     run_folder: Path
     """Everything the run writes: checkpoints, logs, TensorBoard, the resolved configuration."""
     steps: int = Field(ge=1)
-    """Optimizer updates of the stage."""
-    global_batch_rows: int = Field(ge=1)
-    """Packed rows of one step, over all data-parallel ranks. A micro-batch is always one row."""
+    """Optimizer updates of the stage; in reinforcement learning its iterations."""
     seed: int = Field(default=1234, ge=0)
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
-    data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's TransformerConfig passed through to the decoder; checked against its dataclass at start."""
 
+    length_key: ClassVar[str]
+    """Where `sequence_length` stands in the tree."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one packed row."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
+    def _warms_up_within(self) -> Self:
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError("optimizer.warmup_steps: longer than the run")
-        if self.evaluation.every_steps and not self.data.eval_sources:
-            raise ValueError("evaluation.every_steps: needs data.eval_sources")
         return self
 
     def check(self) -> None:
@@ -115,20 +117,65 @@ class TrainConfig(Config):
         self.parallel.check_model(shape)
         if self.model.lora is not None:
             adapted_layers(self.model.lora, shape)
-        length, layout = self.data.sequence_length, self.parallel
+        length, layout = self.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
         if self.precision.fp8_text != "off":
             unit = math.lcm(unit, FP8_MULTIPLE * layout.context)
         if length % unit:
             raise ConfigError(
-                f"data.sequence_length: {length} is not a multiple of {unit}, which context {layout.context} and tensor "
+                f"{self.length_key}: {length} is not a multiple of {unit}, which context {layout.context} and tensor "
                 f"{layout.tensor} need; use {length // unit * unit or unit}"
             )
         if length > shape.text.max_positions:
-            raise ConfigError(f"data.sequence_length: {length} is longer than the model's {shape.text.max_positions} positions")
-        if layout.virtual_pipeline > 1 and self.global_batch_rows % layout.pipeline:
+            raise ConfigError(f"{self.length_key}: {length} is longer than the model's {shape.text.max_positions} positions")
+
+    def data_parallel(self, num_ranks: int) -> int:
+        """Data-parallel size on `num_ranks` ranks.
+
+        Raises:
+            ConfigError: the ranks are not a multiple of one replica.
+        """
+        replica = self.parallel.model_ranks
+        if num_ranks % replica:
             raise ConfigError(
-                f"global_batch_rows: the interleaved schedule needs a multiple of pipeline {layout.pipeline} on every replica"
+                f"parallel: one replica takes tensor {self.parallel.tensor} x pipeline {self.parallel.pipeline} x context "
+                f"{self.parallel.context} = {replica} ranks; {num_ranks} ranks are not a multiple of it"
+            )
+        return num_ranks // replica
+
+
+class TrainConfig(StageConfig):
+    """One stage of training: pre-training, long-context training or SFT."""
+
+    global_batch_rows: int = Field(ge=1)
+    """Packed rows of one step, over all data-parallel ranks. A micro-batch is always one row."""
+    data: DataConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    length_key: ClassVar[str] = "data.sequence_length"
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of one packed row."""
+        return self.data.sequence_length
+
+    @model_validator(mode="after")
+    def _has_held_out_rows(self) -> TrainConfig:
+        if self.evaluation.every_steps and not self.data.eval_sources:
+            raise ValueError("evaluation.every_steps: needs data.eval_sources")
+        return self
+
+    def check(self) -> None:
+        """As every stage, and that the schedule can deal the batch.
+
+        Raises:
+            ConfigError: one line with the key at fault and what to do.
+        """
+        super().check()
+        if self.parallel.virtual_pipeline > 1 and self.global_batch_rows % self.parallel.pipeline:
+            raise ConfigError(
+                f"global_batch_rows: the interleaved schedule needs a multiple of pipeline {self.parallel.pipeline} on every "
+                "replica"
             )
 
     def data_parallel(self, num_ranks: int) -> int:
@@ -137,13 +184,7 @@ class TrainConfig(Config):
         Raises:
             ConfigError: the ranks are not a multiple of one replica, or the batch does not divide.
         """
-        replica = self.parallel.model_ranks
-        if num_ranks % replica:
-            raise ConfigError(
-                f"parallel: one replica takes tensor {self.parallel.tensor} x pipeline {self.parallel.pipeline} x context "
-                f"{self.parallel.context} = {replica} ranks; {num_ranks} ranks are not a multiple of it"
-            )
-        data = num_ranks // replica
+        data = super().data_parallel(num_ranks)
         if self.global_batch_rows % data:
             raise ConfigError(f"global_batch_rows: {self.global_batch_rows} rows cannot be dealt to {data} data-parallel ranks")
         rows = self.global_batch_rows // data

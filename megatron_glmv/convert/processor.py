@@ -62,8 +62,8 @@ class ProcessorError(InputError):
 def find_processor(checkpoint: Path) -> Path:
     """The processor folder that belongs to a checkpoint.
 
-    It is the checkpoint's own `processor` folder, or the first that its configuration leads to: the Hugging Face folder or the
-    checkpoint that the run started from, then the folder that its data was packed with.
+    It is the checkpoint's own `processor` folder, or the first that its configuration leads to: that of its prompts, the
+    Hugging Face folder or the checkpoint that the run started from, then the folder that its data was packed with.
 
     Args:
         checkpoint: one complete checkpoint.
@@ -87,6 +87,8 @@ def _candidates(checkpoint: Path, seen: set[Path]) -> Iterator[Path]:
     seen.add(checkpoint.resolve())
     path = checkpoint / "config.yaml"
     tree = read_yaml(path) if path.is_file() else {}
+    if processor := _find(tree, "prompts", "processor"):
+        yield Path(processor)
     if hf_folder := _find(tree, "model", "hf_folder"):
         yield Path(hf_folder)
     if start := _find(tree, "checkpoint", "start_from"):

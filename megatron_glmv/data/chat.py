@@ -224,7 +224,10 @@ class Chat:
         """Whether the last answer has no think block, or an empty one, and the template can say so."""
         if not (self._thinking.ask_for_none and self._can_ask_for_none):
             return False
-        last = "".join(_text(message) for message in sample.messages[_last_user(sample) + 1 :] if message.role == "assistant")
+        answers = [message for message in sample.messages[_last_user(sample) + 1 :] if message.role == "assistant"]
+        if not answers:
+            return False
+        last = "".join(map(_text, answers))
         before, found, _ = last.partition(THINK_END)
         return not found or not before.rpartition("<think>")[2].strip()
 
@@ -270,7 +273,7 @@ class Chat:
         written: list[str | SampleError] = []
         for sample, media in samples:
             try:
-                written.append(self._write_videos(sample, [plan for plan in media if isinstance(plan, VideoPlan)]))
+                written.append(self._write_videos(sample, media))
             except SampleError as error:
                 written.append(error)
         tokenized = iter(self._tokenize([text for text in written if isinstance(text, str)]))
@@ -282,6 +285,25 @@ class Chat:
                 results.append(error)
         return results
 
+    def encode_prompt(self, sample: Sample, media: Sequence[Grid | VideoPlan]) -> Document:
+        """A conversation up to where the assistant's next turn begins; nothing of it is trained.
+
+        Args:
+            sample: a conversation that the assistant does not end.
+            media: as `encode` takes them.
+
+        Returns:
+            A document as `encode` makes it, with weights 0.
+
+        Raises:
+            SampleError: as `encode`.
+        """
+        (ids,) = self._tokenize([self._write_videos(sample, media, generation_prompt=True)])
+        tokens = np.array(ids, dtype=np.int32)
+        repeats, frames = self._repeats(tokens, sample, media)
+        expanded = np.repeat(tokens, repeats)
+        return Document(expanded, np.zeros(len(expanded), dtype=np.float32), frames, sample.key)
+
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         if self.tokenizer.is_fast:
             # Without the offsets and masks that transformers asks for.
@@ -290,22 +312,30 @@ class Chat:
 
     def _lay_out(self, sample: Sample, ids: Sequence[int], media: Sequence[Grid | VideoPlan]) -> Document:
         """Tokens with placeholders expanded, their weights, and the frames."""
+        tokens = np.array([*ids, self.pad_token], dtype=np.int32)
+        repeats, frames = self._repeats(tokens, sample, media)
+        weights = self._weights(tokens, sample)
+        return Document(np.repeat(tokens, repeats), np.repeat(weights, repeats), frames, sample.key)
+
+    def _repeats(
+        self, tokens: npt.NDArray[np.int32], sample: Sample, media: Sequence[Grid | VideoPlan]
+    ) -> tuple[npt.NDArray[np.int64], tuple[tuple[int, int], ...]]:
+        """How often each token stands in the document, a placeholder once for each merged patch; and the frames."""
         frames: list[tuple[int, int]] = []
         for plan in media:
             frames += plan.frames if isinstance(plan, VideoPlan) else (plan.frame,)
-        tokens = np.array([*ids, self.pad_token], dtype=np.int32)
         is_image = tokens == self.image_token
         if int(is_image.sum()) != len(frames):
             raise SampleError(sample.key, "the template does not show every image once",
                               f"{int(is_image.sum())} placeholders for {len(frames)} images")  # fmt: skip
-        weights = self._weights(tokens, sample)
         repeats = np.ones(len(tokens), dtype=np.int64)
         repeats[is_image] = [rows * columns // self.image.merge_size**2 for rows, columns in frames]
-        return Document(np.repeat(tokens, repeats), np.repeat(weights, repeats), tuple(frames), sample.key)
+        return repeats, tuple(frames)
 
-    def _write_videos(self, sample: Sample, plans: Sequence[VideoPlan]) -> str:
+    def _write_videos(self, sample: Sample, media: Sequence[Grid | VideoPlan], *, generation_prompt: bool = False) -> str:
         """The rendered text with every video's placeholder replaced by its temporal patches and their seconds."""
-        first, *rest = self.render(sample).split(VIDEO)
+        plans = [plan for plan in media if isinstance(plan, VideoPlan)]
+        first, *rest = self.render(sample, generation_prompt=generation_prompt).split(VIDEO)
         if len(rest) != len(plans):
             raise SampleError(sample.key, "the template does not show every video once",
                               f"{len(rest)} placeholders for {len(plans)} videos")  # fmt: skip

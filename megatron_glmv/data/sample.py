@@ -52,7 +52,7 @@ class Sample:
 
     Attributes:
         key: its id, or `file:line` where it has none.
-        messages: at least one; the last is the assistant's.
+        messages: at least one; the last is the assistant's, or the user's in a prompt to be answered.
         folder: media paths are relative to it.
     """
 
@@ -87,13 +87,14 @@ def parse_sample(line: str | bytes, name: str, folder: Path) -> Sample:
     return check_sample(tree.get("messages"), str(tree.get("id", name)), folder)
 
 
-def check_sample(turns: Any, key: str, folder: Path) -> Sample:
+def check_sample(turns: Any, key: str, folder: Path, *, answered: bool = True) -> Sample:
     """Check a conversation.
 
     Args:
         turns: list of messages, each an object with `role` and `content` (a string or a list of items).
         key: of the sample.
         folder: media paths are relative to it.
+        answered: the assistant must end it; False: the last answer of the assistant, where there is one, is left out.
 
     Raises:
         SampleError: as parse_sample.
@@ -101,7 +102,11 @@ def check_sample(turns: Any, key: str, folder: Path) -> Sample:
     if not isinstance(turns, list) or not turns:
         raise SampleError(key, "no list of messages")
     messages = tuple(_parse_message(turn, key) for turn in turns)
-    if messages[-1].role != "assistant":
+    if not answered:
+        messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        if not messages or messages[-1].role != "user":
+            raise SampleError(key, "no question of the user to answer")
+    elif messages[-1].role != "assistant":
         raise SampleError(key, "the last message is not the assistant's")
     if any(item.kind != "text" for message in messages if message.role == "assistant" for item in message.content):
         raise SampleError(key, "a picture or video in an assistant's message")

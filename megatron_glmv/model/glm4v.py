@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.mappings import (
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.model.entropy import vocab_parallel_entropy
 from megatron_glmv.model.inputs import ModelInputs, VisionInputs
 from megatron_glmv.model.layers import mark_tensor_parallel
 from megatron_glmv.model.projector import VisionProjection
@@ -70,17 +72,20 @@ class Glm4vModel(MegatronModule):
         single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language_model.decoder.set_input_tensor(single)
 
-    def forward(self, inputs: ModelInputs, *, return_logits: bool = False, temperature: float = 1.0) -> Tensor:
+    def forward(
+        self, inputs: ModelInputs, *, return_logits: bool = False, temperature: float = 1.0, entropy: bool = False
+    ) -> Tensor:
         """Run this stage on one row.
 
         Args:
             inputs: the row, cut for this rank.
             return_logits: on the last stage, return logits instead of losses.
             temperature: that the logits are divided by.
+            entropy: on the last stage, return the entropy of every token's distribution beside its loss.
 
         Returns:
-            On the last stage [1, S] float32 losses of every token (or [S, 1, vocabulary / tensor ranks] logits), on others
-            [s, 1, hidden] for the next stage.
+            On the last stage [1, S] float32 losses of every token ([2, 1, S] losses and entropies in nats; or [S, 1, vocabulary
+            / tensor ranks] logits), on others [s, 1, hidden] for the next stage.
         """
         hidden = self._embed(inputs) if self.pre_process else None
         hidden = self.language_model(hidden, inputs)
@@ -89,7 +94,13 @@ class Glm4vModel(MegatronModule):
         logits = self.language_model.logits(hidden)
         if temperature != 1.0:
             logits = logits / temperature
-        return logits if return_logits else self.language_model.token_losses(logits, inputs.labels)
+        if return_logits:
+            return logits
+        if not entropy:
+            return self.language_model.token_losses(logits, inputs.labels)
+        # First: the cross-entropy overwrites float32 logits.
+        entropies = vocab_parallel_entropy(logits, parallel_state.get_tensor_model_parallel_group()).t()
+        return torch.stack((self.language_model.token_losses(logits, inputs.labels), entropies))
 
     def _embed(self, inputs: ModelInputs) -> Tensor:
         """Embeddings with the pictures' features laid over their placeholders: [s, 1, hidden]."""

@@ -9,7 +9,7 @@ Source: arXiv 2507.01006, section 5.4.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ class PolicySample:
 
     Attributes:
         key: prompt's key and number of the answer.
+        group: place of its group among those that are trained on.
         tokens: [n] int64.
         trained: [n] bool, sampled tokens of the answer; neither prompt nor inserted tokens.
         advantage: of the answer.
@@ -51,6 +52,7 @@ class PolicySample:
     engine_logprobs: npt.NDArray[np.float32]
     frames: tuple[tuple[int, int], ...] = ()
     patches: Tensor | None = None
+    group: int = 0
 
     @property
     def num_patches(self) -> int:
@@ -117,7 +119,7 @@ def make_samples(
         align: documents are padded to a multiple of this.
     """
     samples, counts = [], dict.fromkeys(("masked", "empty", "too_long", "visual"), 0)
-    for group, values in zip(groups, advantages.values, strict=True):
+    for place, (group, values) in enumerate(zip(groups, advantages.values, strict=True)):
         for number, (answer, advantage) in enumerate(zip(group.answers, values, strict=True)):
             rollout = answer.rollout
             length = len(group.prompt.tokens) + len(rollout.tokens)
@@ -130,7 +132,7 @@ def make_samples(
             elif (rollout.tokens == image_token).any():
                 counts["visual"] += 1
             else:
-                samples.append(_make_sample(group.prompt, rollout, advantage, number))
+                samples.append(replace(_make_sample(group.prompt, rollout, advantage, number), group=place))
     return samples, Skipped(**counts)
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from megatron_glmv.config.base import InputError
 from megatron_glmv.config.rl import CurriculumConfig
-from megatron_glmv.rl.grading import TIERS
+from megatron_glmv.rl.grading import TIERS, tier_of
 from megatron_glmv.rl.outcome import Outcome, outcome_of
 from megatron_glmv.rl.proportion import apportion
 from megatron_glmv.rl.types import Group, Task
@@ -96,6 +96,12 @@ class Curriculum:
         known = self._answers > 0
         rates = np.divide(self._right, self._answers, out=np.zeros(len(known)), where=known)
         return np.where(known, np.searchsorted(self._config.tier_bounds, rates, side="right"), UNKNOWN_TIER)
+
+    def tier_of(self, key: str) -> str:
+        """Name of the tier that a prompt is in now."""
+        place = self._place[key]
+        rate = self._right[place] / self._answers[place] if self._answers[place] > 0 else None
+        return TIERS[UNKNOWN_TIER if rate is None else tier_of(rate, self._config.tier_bounds)]
 
     def draw(self, iteration: int, count: int) -> list[str]:
         """Keys of the prompts of one iteration, in a random order; counts a visit to each.
@@ -230,7 +236,7 @@ class Curriculum:
         tiers = self.tiers() if self._config.enabled else np.full(len(free), UNKNOWN_TIER)
         order = np.lexsort((self._priorities(), self._visits))
         order = order[free[order]]
-        cells, tier_of = self._cell_of[order], tiers[order]
+        cells, tier_at = self._cell_of[order], tiers[order]
         present = sorted(set(cells.tolist()))
         domains = sorted({self._cells[cell][0] for cell in present})
         shares = [self._config.domains.get(domain, 1.0) for domain in domains]
@@ -244,7 +250,7 @@ class Curriculum:
             return wanted - len(chosen)
 
         def by_weight(chosen: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-            return order[chosen][np.argsort(-weights[tier_of[chosen]], kind="stable")]
+            return order[chosen][np.argsort(-weights[tier_at[chosen]], kind="stable")]
 
         for domain, domain_count in zip(domains, apportion(count, shares, next(offsets)), strict=True):
             own = [cell for cell in present if self._cells[cell][0] == domain]
@@ -252,7 +258,7 @@ class Curriculum:
             parts = apportion(domain_count, self._cell_weights(own, in_cells), next(offsets))
             missing = 0
             for in_cell, part in zip(in_cells, parts, strict=True):
-                pools = [in_cell & (tier_of == tier) for tier in range(len(TIERS))]
+                pools = [in_cell & (tier_at == tier) for tier in range(len(TIERS))]
                 chances = [float(weight) * bool(pool.any()) for weight, pool in zip(weights, pools, strict=True)]
                 if not any(chances):
                     chances = [float(pool.sum()) for pool in pools]

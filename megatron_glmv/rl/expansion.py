@@ -72,9 +72,24 @@ class Expansion:
         self.ratio_ema = min(config.start_ratio, config.max_ratio)
 
     def num_prompts(self, batch: int) -> int:
-        """Prompts of the next wave for a batch of `batch` groups; `batch` itself where expansion is off."""
+        """Prompts of the next wave for a batch of `batch` groups; `batch` itself where expansion is off or in waves."""
+        if not self._config.enabled or self._config.method == "waves":
+            return batch
         # A ratio of 2 must not ask for 257 of 128 because of rounding.
-        return max(batch, math.ceil(batch * self.ratio_ema - 1e-9)) if self._config.enabled else batch
+        return max(batch, math.ceil(batch * self.ratio_ema - 1e-9))
+
+    def wants_more(self, groups: Sequence[Group], num_prompts: int, batch: int) -> bool:
+        """Whether another wave follows in this iteration; never with the smoothed ratio.
+
+        Args:
+            groups: of all waves of the iteration so far.
+            num_prompts: that were rolled out for them.
+            batch: useful groups that are wanted.
+        """
+        if not self._config.enabled or self._config.method != "waves" or num_prompts + batch > self._config.max_ratio * batch:
+            return False
+        outcomes = [outcome for outcome in map(outcome_of, groups) if outcome.num_judged >= 2]
+        return sum(is_useful(outcome, self._config) for outcome in outcomes) < batch
 
     def update(self, groups: Sequence[Group]) -> float:
         """Take in the groups of one wave, all of them; returns this wave's own ratio (the average, where none was judged)."""

@@ -62,7 +62,13 @@ def old_logprobs(assembly: Assembly, rows: Sequence[PolicyRow], temperature: flo
 
 
 def update_policy(
-    assembly: Assembly, rows: Sequence[PolicyRow], step: int, algorithm: AlgorithmConfig, temperature: float
+    assembly: Assembly,
+    rows: Sequence[PolicyRow],
+    step: int,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+    *,
+    is_old: bool = False,
 ) -> UpdateResult:
     """One optimizer update on this replica's rows.
 
@@ -72,13 +78,15 @@ def update_policy(
         step: counted from 0; fixes the learning rates.
         algorithm: clip bounds and optional terms.
         temperature: of the sampling.
+        is_old: the model is still the policy that sampled the answers: what this pass computes are the old log-probabilities,
+            and those of the rows are not read.
     """
     for chunk in assembly.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     assembly.optimizer.zero_grad()
     reports = run_schedule(
-        assembly, rows, forward_only=False, forward_step=partial(_policy_step, assembly, algorithm, temperature)
+        assembly, rows, forward_only=False, forward_step=partial(_policy_step, assembly, algorithm, temperature, is_old)
     )
     set_learning_rates(assembly.optimizer, step, assembly.config)
     outcome = step_optimizer(assembly.optimizer)
@@ -95,17 +103,26 @@ def _report_logprobs(assembly: Assembly, temperature: float, iterator: Iterator[
 
 
 def _policy_step(
-    assembly: Assembly, algorithm: AlgorithmConfig, temperature: float, iterator: Iterator[PolicyRow], chunk: Any
+    assembly: Assembly,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+    is_old: bool,
+    iterator: Iterator[PolicyRow],
+    chunk: Any,
 ) -> tuple[Tensor, Any]:
     row = next(iterator)
     inputs = chunk_inputs(assembly.config, row.row, chunk.module)
 
-    def loss(losses: Tensor) -> tuple[Tensor, Tensor, PolicyStats]:
+    def loss(output: Tensor) -> tuple[Tensor, Tensor, PolicyStats]:
+        losses, entropy = output
         terms = row.terms.at(_own_tokens(row), losses.device)
-        result = policy_loss(-losses, inputs.loss_weights, terms, algorithm)
+        if is_old:
+            terms = terms.with_old(-losses.detach())
+        entropy = entropy if algorithm.entropy_coefficient else entropy.detach()
+        result = policy_loss(-losses, inputs.loss_weights, terms, algorithm, entropy)
         return result.losses.sum(), result.num_answers, result.stats
 
-    return chunk(inputs, temperature=temperature), loss
+    return chunk(inputs, temperature=temperature, entropy=True), loss
 
 
 def _own_tokens(row: PolicyRow) -> Tensor:

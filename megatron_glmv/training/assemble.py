@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.training import StageConfig
 from megatron_glmv.convert.lora import adapter_plans
 from megatron_glmv.model.glm4v import Glm4vModel, build_model
 from megatron_glmv.model.initialize import initialize_weights
@@ -23,7 +23,7 @@ from megatron_glmv.training.optimizer import build_optimizer
 class Assembly:
     """This rank's part of the run."""
 
-    config: TrainConfig
+    config: StageConfig
     shape: ModelShape
     chunks: list[DistributedDataParallel]
     """The model: one wrapped chunk, or one for each virtual pipeline stage."""
@@ -35,7 +35,7 @@ class Assembly:
         return [chunk.module for chunk in self.chunks]
 
 
-def assemble_model(config: TrainConfig) -> list[Glm4vModel]:
+def assemble_model(config: StageConfig) -> list[Glm4vModel]:
     """Build this rank's chunks with their first random weights, and adapters if wanted; process groups must exist.
 
     Raises:
@@ -55,7 +55,7 @@ def assemble_model(config: TrainConfig) -> list[Glm4vModel]:
     return models
 
 
-def assemble(config: TrainConfig, models: Sequence[Glm4vModel]) -> Assembly:
+def assemble(config: StageConfig, models: Sequence[Glm4vModel]) -> Assembly:
     """Wrap the chunks, build the optimizer and connect both to Megatron's schedules.
 
     Args:
@@ -68,7 +68,7 @@ def assemble(config: TrainConfig, models: Sequence[Glm4vModel]) -> Assembly:
     return Assembly(config, config.model.shape, chunks, optimizer)
 
 
-def _wrap(config: TrainConfig, models: Sequence[Glm4vModel]) -> list[DistributedDataParallel]:
+def _wrap(config: StageConfig, models: Sequence[Glm4vModel]) -> list[DistributedDataParallel]:
     layout = config.parallel
     overlap = layout.overlap and parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1
     ddp = DistributedDataParallelConfig(
@@ -84,7 +84,7 @@ def _wrap(config: TrainConfig, models: Sequence[Glm4vModel]) -> list[Distributed
 
 
 def _connect(
-    megatron: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, config: TrainConfig
+    megatron: TransformerConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, config: StageConfig
 ) -> None:
     """Give Megatron's schedules the functions that they call at the edges of a step.
 

@@ -9,8 +9,9 @@ Source: megatron-core 0.16.1, dist_checkpointing/serialization.py and optimizer/
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,20 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_glmv.config.base import to_yaml
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.training import StageConfig
 from megatron_glmv.convert import checkpoint_folder as folders
 from megatron_glmv.convert.checkpoint_folder import CheckpointError
 from megatron_glmv.convert.checkpoint_tensors import read_index
 from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
+from megatron_glmv.training.optimizer import gather_weights
 from megatron_glmv.training.random_state import read_generators, restore_generators
 from megatron_glmv.training.state import TrainState
 
@@ -55,6 +57,7 @@ class _Pending:
     partial: Path
     folder: Path
     state: TrainState
+    extra: dict[str, str]
 
 
 class Checkpointer:
@@ -69,8 +72,11 @@ class Checkpointer:
         CheckpointError: the run folder holds checkpoints and ``checkpoint.resume`` is off.
     """
 
-    def __init__(self, config: TrainConfig, model_chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> None:
+    def __init__(
+        self, config: StageConfig, model_chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+    ) -> None:
         self._config = config
+        self._chunks = model_chunks
         # The wrappers' state has other prefixes than the model's own, which another layout or precision must find again.
         self._models = [unwrap_model(chunk) for chunk in model_chunks]
         self._optimizer = optimizer
@@ -88,8 +94,12 @@ class Checkpointer:
             )
         _on_first_rank(lambda: files.clean_leftovers(config.run_folder))
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
         """Save after `state.step` steps; with ``checkpoint.asynchronous`` only the copying is done when this returns.
+
+        Args:
+            state: counters.
+            extra: file name -> tree of JSON to keep in the checkpoint; rank 0's is written.
 
         Raises:
             CheckpointError: the disk is full or refuses; older checkpoints are untouched.
@@ -98,6 +108,7 @@ class Checkpointer:
         folder = folders.folder_of(self._config.run_folder, state.step)
         if folders.latest(self._config.run_folder) == folder:
             return  # the one this run resumed from, or saved just now
+        gather_weights(self._chunks)
         self._create_moments()
         self._align_optimizer_steps()
         tree = self._state_dict(is_loading=False)
@@ -116,8 +127,9 @@ class Checkpointer:
         except _FAILURES as error:
             raise _unwritable(folder, error) from error
         self._validated = True
+        written = {name: json.dumps(tree) for name, tree in (extra or {}).items()}
         write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
-        self._pending = _Pending(write, partial, folder, dataclasses.replace(state))
+        self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written)
         if not self._config.checkpoint.asynchronous:
             self._finish()
 
@@ -212,6 +224,8 @@ class Checkpointer:
 
     def _publish(self, pending: _Pending) -> None:
         state = pending.state
+        for name, text in pending.extra.items():
+            (pending.partial / name).write_text(text, encoding="utf-8")
         manifest = {"step": state.step, "state": dataclasses.asdict(state), "saved_at": time.time(), **self._run}
         folders.publish(pending.partial, pending.folder, manifest, to_yaml(self._config))
         files.retire(self._config.run_folder, self._config.checkpoint)
@@ -258,7 +272,7 @@ def _content() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def _layout(config: TrainConfig) -> dict[str, int]:
+def _layout(config: StageConfig) -> dict[str, int]:
     """The layout that random states belong to."""
     parallel = config.parallel
     return {

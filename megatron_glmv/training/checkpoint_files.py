@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_glmv.config.training import CheckpointConfig, TrainConfig
+from megatron_glmv.config.training import CheckpointConfig, StageConfig
 from megatron_glmv.convert.checkpoint_folder import FORMAT, PARTIAL, CheckpointError, complete_folders, origin
 
 REMOVING = ".removing"
@@ -37,7 +37,7 @@ def retire(run_folder: Path, config: CheckpointConfig) -> list[Path]:
     return removed
 
 
-def describe_run(config: TrainConfig, layout: Mapping[str, int]) -> dict[str, Any]:
+def describe_run(config: StageConfig, layout: Mapping[str, int]) -> dict[str, Any]:
     """The part of a manifest that does not change during a run."""
     return {
         "format": FORMAT,
@@ -51,7 +51,7 @@ def describe_run(config: TrainConfig, layout: Mapping[str, int]) -> dict[str, An
     }
 
 
-def check_resumable(folder: Path, manifest: Mapping[str, Any], config: TrainConfig) -> None:
+def check_resumable(folder: Path, manifest: Mapping[str, Any], config: StageConfig) -> None:
     """Refuse to continue a run whose optimizer state has another form.
 
     Raises:
@@ -74,7 +74,7 @@ def check_resumable(folder: Path, manifest: Mapping[str, Any], config: TrainConf
             )
 
 
-def starts_adapters(folder: Path, manifest: Mapping[str, Any], config: TrainConfig) -> bool:
+def starts_adapters(folder: Path, manifest: Mapping[str, Any], config: StageConfig) -> bool:
     """Whether a run that takes only the weights of a checkpoint takes adapters from it, too.
 
     Returns:
@@ -92,5 +92,5 @@ def starts_adapters(folder: Path, manifest: Mapping[str, Any], config: TrainConf
     return saved is not None
 
 
-def _lora(config: TrainConfig) -> dict[str, Any] | None:
+def _lora(config: StageConfig) -> dict[str, Any] | None:
     return None if config.model.lora is None else config.model.lora.model_dump(mode="json")

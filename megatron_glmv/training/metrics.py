@@ -1,23 +1,21 @@
 """What a run reports: metrics.jsonl, TensorBoard, the line on the terminal, and a picture of the loss.
 
-One rank reports; every value it needs is equal on all ranks after a step. A resumed run cuts off what the killed one had
-reported beyond its checkpoint, so that curves have each step once.
+One rank reports; every value it needs is equal on all ranks after a step.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_glmv.config.model import Part
 from megatron_glmv.config.training import MetricsConfig
-from megatron_glmv.training.progress import ProgressLine, format_count, format_duration, format_rate
+from megatron_glmv.training.progress import format_count, format_duration, format_rate
+from megatron_glmv.training.recorder import Recorder, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
 _SMOOTHING = 0.9
 """Share of the past in the seconds per step that the remaining time is reckoned with."""
 
@@ -76,18 +74,13 @@ class MetricsWriter:
         first_step: int = 0,
         stream: TextIO | None = None,
     ) -> None:
-        self.path = run_folder / METRICS_FILE
         self._every_steps = config.every_steps
         self._total_steps = total_steps
         self._num_ranks = num_ranks
         self._peak_tflops = peak_tflops
         self._interval: list[StepMetrics] = []
         self._step_seconds: float | None = None
-        self._line = ProgressLine(stream)
-        run_folder.mkdir(parents=True, exist_ok=True)
-        rewind(self.path, first_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = _open_board(run_folder / "tensorboard", first_step) if config.tensorboard else None
+        self._recorder = Recorder(run_folder, tensorboard=config.tensorboard, first_step=first_step, stream=stream)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Take one step in; every `every_steps` steps, and at the last one, report the interval."""
@@ -100,31 +93,21 @@ class MetricsWriter:
         record = summarize(self._interval, self._num_ranks, self._peak_tflops)
         record["eta_s"] = (self._total_steps - metrics.step) * self._step_seconds
         self._interval.clear()
-        self._write(record, "train")
-        self._line.show(describe(record, self._total_steps), important=last or not metrics.applied)
+        self._recorder.write(record, "train")
+        self._recorder.show(describe(record, self._total_steps), important=last or not metrics.applied)
 
     def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Report the loss on held-out rows after `step` steps."""
-        self._write({"step": step, "eval_loss": loss, "eval_tokens": tokens}, "eval")
-        self._line.note(f"step {step}/{self._total_steps} | eval loss {loss:.4f} over {format_count(tokens)} tokens")
+        self._recorder.write({"step": step, "eval_loss": loss, "eval_tokens": tokens}, "eval")
+        self._recorder.note(f"step {step}/{self._total_steps} | eval loss {loss:.4f} over {format_count(tokens)} tokens")
 
     def note(self, text: str) -> None:
         """Print a line that stays: a checkpoint written, a sample that did not decode."""
-        self._line.note(text)
+        self._recorder.note(text)
 
     def close(self) -> None:
         """Flush everything."""
-        self._line.close()
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
-
-    def _write(self, record: Mapping[str, Any], kind: str) -> None:
-        self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in _scalars(record):
-                self._board.add_scalar(f"{kind}/{key}", value, int(record["step"]))
+        self._recorder.close()
 
 
 def summarize(interval: list[StepMetrics], num_ranks: int, peak_tflops: float | None) -> dict[str, Any]:
@@ -200,28 +183,6 @@ def describe(record: Mapping[str, Any], total_steps: int) -> str:
     return " | ".join(parts)
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl in order; a line that a killed run left unfinished is passed over."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drop the records after `step`, and unfinished lines."""
-    if not path.is_file():
-        return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
-
-
 def draw_loss(metrics: Path, png: Path) -> None:
     """Draw the training and evaluation loss of a metrics.jsonl.
 
@@ -250,24 +211,3 @@ def draw_loss(metrics: Path, png: Path) -> None:
     axes.legend()
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png)
-
-
-def _open_board(folder: Path, first_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None, flush_secs=10)
-
-
-def _plain(value: Any) -> Any:
-    """A value that JSON can hold: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif key != "step" and math.isfinite(value):
-            yield prefix + key, value

@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_glmv.config.model import Part
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.training import StageConfig
 from megatron_glmv.training.schedule import learning_rate, part_rates
 
 PARTS: tuple[Part, ...] = ("vision", "merger", "text")
@@ -50,7 +50,7 @@ def is_decayed(parameter: torch.Tensor, name: str) -> bool:
     return parameter.dim() > 1 and not name.endswith((".bias", "layer_norm_weight", "layernorm.weight"))
 
 
-def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: TrainConfig) -> MegatronOptimizer:
+def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: StageConfig) -> MegatronOptimizer:
     """Build the optimizer of this rank's model chunks; every rank must call it.
 
     Groups are the same on every rank, with empty ones where a rank has no such parameter, so a stage whose parameters are all
@@ -81,7 +81,7 @@ def build_optimizer(model_chunks: Sequence[DistributedDataParallel], config: Tra
     )
 
 
-def _overrides(config: TrainConfig) -> dict[ParamKey, ParamGroupOverride]:
+def _overrides(config: StageConfig) -> dict[ParamKey, ParamGroupOverride]:
     """One group per part and kind of weight decay."""
     overrides: dict[ParamKey, ParamGroupOverride] = {}
     for part in PARTS:
@@ -96,7 +96,7 @@ def _overrides(config: TrainConfig) -> dict[ParamKey, ParamGroupOverride]:
     return overrides
 
 
-def set_learning_rates(optimizer: MegatronOptimizer, step: int, config: TrainConfig) -> dict[Part, float]:
+def set_learning_rates(optimizer: MegatronOptimizer, step: int, config: StageConfig) -> dict[Part, float]:
     """Give every group its learning rate and weight decay for one update.
 
     Args:
@@ -131,6 +131,19 @@ def step_optimizer(optimizer: MegatronOptimizer) -> StepOutcome:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
     return StepOutcome(applied=True, grad_norm=grad_norm)
+
+
+def gather_weights(model_chunks: Sequence[DistributedDataParallel]) -> None:
+    """Make the weights whole on every rank, where they wait to be gathered behind the next forward pass.
+
+    Until then a rank has the last update in its own share of them only; so whatever reads them between two steps, to save them
+    or to send them to an engine, calls this first.
+
+    Source: Megatron-LM, megatron/training/training.py, which does the same before it saves.
+    """
+    for chunk in model_chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _duplicates_finite(optimizer: MegatronOptimizer) -> bool:

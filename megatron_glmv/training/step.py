@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_glmv.config.model import ModelShape, Part
 from megatron_glmv.config.parallel import FP8_MULTIPLE
-from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.training import StageConfig
 from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.model.inputs import ModelInputs, make_inputs
@@ -123,19 +123,19 @@ def run_schedule(
         data_iterator=iterators if num_chunks > 1 else iterators[0],
         model=assembly.chunks if num_chunks > 1 else assembly.chunks[0],
         num_microbatches=len(rows),
-        seq_length=assembly.config.data.sequence_length,
+        seq_length=assembly.config.sequence_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
-def _forward_step(config: TrainConfig, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
+def _forward_step(config: StageConfig, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
     """Megatron's forward step: run one chunk on the next row; returns its output and the function that makes it a loss."""
     inputs = chunk_inputs(config, next(iterator), chunk.module)
     return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
 
 
-def chunk_inputs(config: TrainConfig, row: PackedSequence, model: Glm4vModel) -> ModelInputs:
+def chunk_inputs(config: StageConfig, row: PackedSequence, model: Glm4vModel) -> ModelInputs:
     """What one chunk of this rank's model reads of a row; collective over the ranks that share the row's pictures.
 
     Args:

@@ -1,0 +1,181 @@
+"""``glmv rl`` on one rank: prompts, policy, engine and rewards put together, and the loop driven."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_glmv.config.base import ConfigError, to_yaml
+from megatron_glmv.config.engines import VllmConfig
+from megatron_glmv.config.rl_stage import RlConfig
+from megatron_glmv.convert.checkpoint_folder import CheckpointError, find, latest
+from megatron_glmv.convert.processor import find_processor
+from megatron_glmv.data.chat import Chat, ProcessorError
+from megatron_glmv.parallel import platform
+from megatron_glmv.rl.curriculum import Curriculum
+from megatron_glmv.rl.engines.embedded import EmbeddedEngine
+from megatron_glmv.rl.engines.engine import Engine, Sampling
+from megatron_glmv.rl.engines.vllm import VllmEngine
+from megatron_glmv.rl.expansion import Expansion
+from megatron_glmv.rl.force_answer import ForceRule
+from megatron_glmv.rl.prompt_reader import PromptReader
+from megatron_glmv.rl.prompts import PromptFiles
+from megatron_glmv.rl.reference import Reference
+from megatron_glmv.rl.rewards.rewarder import Rewarder
+from megatron_glmv.rl.rollout import Roller
+from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
+from megatron_glmv.training.assemble import assemble, assemble_model
+from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.job import run_job
+from megatron_glmv.training.recorder import Recorder
+from megatron_glmv.training.start import describe_start, first_state, load_start
+from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.watchdog import Watchdog
+
+
+def run(config: RlConfig) -> int:
+    """Run one stage; under torchrun every rank calls this.
+
+    Returns:
+        0 when the last iteration is done and saved, 1 when this rank or a peer failed.
+
+    Raises:
+        InputError: something that the user can repair: configuration, prompts, checkpoint, engine or judge.
+    """
+
+    def work(watchdog: Watchdog) -> None:
+        with open_run(config, watchdog) as opened:
+            train(opened)
+
+    return run_job(config, work)
+
+
+@contextlib.contextmanager
+def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
+    """Build or resume the run on this rank, and close its threads, processes and files at the end."""
+    watchdog.beat(0, "reading the prompts")
+    share = config.prompts.max_bad_share
+    sources = (config.prompts.sources, config.prompts.eval_sources)
+    files, held_out = (PromptFiles(given, config.rewards, max_bad_share=share) if given else None for given in sources)
+    assert files is not None
+    curriculum = Curriculum(files.tasks, config.curriculum, seed=config.seed, offline=files.offline)
+    expansion = Expansion(config.expansion)
+    chat = _open_chat(config)
+    watchdog.beat(0, "building the model")
+    models = assemble_model(config)
+    assembly = assemble(config, models)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    watchdog.beat(0, "loading weights")
+    reference = None
+    if config.algorithm.kl_coefficient:
+        load_start(config, models, assembly, checkpointer)
+        reference = Reference(models)
+    state = first_state(config, models, assembly, checkpointer)
+    _load_state(config, state, curriculum, expansion)
+    sampling = make_sampling(config, chat)
+    longest = sampling.rule if isinstance(sampling.rule, int) else sampling.rule.max_tokens
+    with contextlib.ExitStack() as stack:
+        engine = open_engine(config, sampling)
+        stack.callback(engine.close)
+        reader = PromptReader(chat, config.model.shape, _decode_device(config), config.prompts.decode_threads)
+        stack.callback(reader.close)
+        rewarder = stack.enter_context(Rewarder(config.rewards))
+
+        def roller(of: PromptFiles) -> Roller:
+            return Roller(
+                of,
+                reader,
+                engine,
+                rewarder,
+                max_prompt_tokens=config.prompts.max_tokens or config.repack.row_length - longest,
+                max_bad_share=share,
+                max_masked_share=config.rewards.max_masked_share,
+            )
+
+        recorder = None
+        if dist.get_rank() == 0:
+            (config.run_folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            recorder = Recorder(config.run_folder, tensorboard=config.metrics.tensorboard, first_step=state.step)
+            stack.callback(recorder.close)
+            recorder.note(describe_start(config, models, state))
+            recorder.note(files.describe())
+        yield RlRun(
+            config,
+            assembly,
+            checkpointer,
+            state,
+            curriculum,
+            expansion,
+            engine,
+            rewarder,
+            roller(files),
+            roller(held_out) if held_out is not None else None,
+            held_out_keys(held_out.tasks, config.evaluation.prompts) if held_out is not None else (),
+            reference,
+            recorder,
+            watchdog,
+        )
+
+
+def make_sampling(config: RlConfig, chat: Chat) -> Sampling:
+    """How the engine samples, in token ids."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(chat.tokenizer.encode(text, add_special_tokens=False))
+
+    def text(tokens: Sequence[int]) -> str:
+        return chat.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    force = config.force_answer
+    rule: ForceRule | int = config.sampling.max_tokens
+    if force.enabled:
+        rule = ForceRule(force.thinking_tokens, force.answer_tokens, ids(force.end_of_think), ids(force.answer_open))
+    stops = tuple(config.model.shape.tokens.eos)
+    return Sampling(config.sampling.temperature, config.sampling.top_p, stops, rule, text)
+
+
+def open_engine(config: RlConfig, sampling: Sampling) -> Engine:
+    """The configured engine of this rank, still without weights."""
+    dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
+    shape, settings = config.model.shape, config.engine
+    if isinstance(settings, VllmConfig):
+        return VllmEngine(shape, sampling, settings, dtype=dtype)
+    return EmbeddedEngine(shape, sampling, max_answers=settings.max_answers, dtype=dtype, device=platform.device())
+
+
+def _open_chat(config: RlConfig) -> Chat:
+    """The tokenizer and template of the prompts' processor."""
+    folder = config.prompts.processor
+    if folder is None and config.checkpoint.start_from is not None:
+        folder = find_processor(find(config.checkpoint.start_from))
+    folder = folder or config.model.hf_folder
+    if folder is None:
+        raise ConfigError("prompts.processor: name the folder with tokenizer and chat template; the weights lead to none")
+    try:
+        return Chat(folder)
+    except ProcessorError as error:
+        raise ConfigError(f"prompts.processor: {error}") from None
+
+
+def _decode_device(config: RlConfig) -> Literal["cpu", "gpu"]:
+    chosen = config.prompts.decode_device
+    if chosen == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return chosen
+
+
+def _load_state(config: RlConfig, state: TrainState, curriculum: Curriculum, expansion: Expansion) -> None:
+    """Continue curriculum and expansion from the checkpoint that the counters came from."""
+    folder = latest(config.run_folder)
+    if folder is None or not state.step:
+        return
+    try:
+        tree = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE}: cannot be read ({error}); is it a run of `glmv rl`?") from None
+    load_state_dict(curriculum, expansion, tree)

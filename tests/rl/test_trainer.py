@@ -1,0 +1,198 @@
+"""`glmv rl` as a user runs it: engine and trainer agree after every update, a killed run continues exactly, faults are counted.
+
+Real ranks over gloo, real pictures and videos, the real command line. The model is random and the reward is likeness to a text,
+so that every group has a gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.data.processor import write_processor
+from tests.rl.prompt_files import write_prompts
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS, EVERY = 5, 2
+GAP = 1e-3
+"""Nats of any token, in float32; measured 3e-5."""
+TIMED = ("seconds", "share", "rollout_idle_share")
+"""What differs between two runs that do the same."""
+
+
+def config_file(folder: Path, name: str, **changes: Any) -> Path:
+    """A small run with a folder and a file of this name."""
+    if not (folder / "processor").is_dir():
+        write_processor(folder / "processor", min_pixels=1568)
+        write_prompts(folder / "prompts")
+    tree: dict[str, Any] = {
+        "run_folder": str(folder / name),
+        "steps": STEPS,
+        "model": {"preset": "digits", "init_std": 0.08},
+        "parallel": {"tensor": 2, "timeout_s": 60},
+        "precision": {"dtype": "fp32", "layers": "torch"},
+        "prompts": {
+            "processor": str(folder / "processor"),
+            "sources": [{"path": str(folder / "prompts/prompts.jsonl")}],
+            "eval_sources": [{"path": str(folder / "prompts/prompts.jsonl")}],
+            "decode_threads": 1,
+        },
+        "sampling": {"prompts_per_step": 6, "group_size": 4},
+        "force_answer": {"thinking_tokens": 8, "answer_tokens": 4, "answer_open": ""},
+        "rewards": {
+            "workers": 1,
+            "gates": {"format": {"think": "optional", "answer": "optional"}},
+            "domains": {"ocr": {"box": "none", "correct_from": 0.2}},
+        },
+        "repack": {"row_length": 512},
+        "optimizer": {"lr": 0.001, "schedule": "constant"},
+        "checkpoint": {"every_steps": EVERY, "keep": 10},
+        "evaluation": {"prompts": 6, "answers": 2},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
+    return path
+
+
+def start(file: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
+    """Start `glmv rl` in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_glmv", "rl", str(file), *overrides, "--ranks", str(ranks)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(file: Path, ranks: int, *overrides: str) -> str:
+    """Run `glmv rl` to its end; returns its output."""
+    process = start(file, ranks, *overrides)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def records_of(run: Path) -> dict[int, dict[str, Any]]:
+    """The record of every iteration, without times."""
+    if not (run / "metrics.jsonl").is_file():
+        return {}
+    listed = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {r["step"]: {k: v for k, v in r.items() if k not in TIMED} for r in listed if "expansion" in r}
+
+
+def evaluations_of(run: Path) -> list[dict[str, Any]]:
+    """The held-out records, in order."""
+    listed = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [record["eval"] for record in listed if "eval" in record]
+
+
+def rollouts_of(run: Path) -> dict[int, list[dict[str, Any]]]:
+    """The groups of every iteration."""
+    files = sorted((run / "rollouts").glob("step_*.jsonl"))
+    return {int(file.stem[5:]): [json.loads(line) for line in file.read_text().splitlines()] for file in files}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rl")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[Path, str]:
+    """A run that nothing disturbs, tensor 2, and its output."""
+    output = finish(config_file(folder, "whole"), 2)
+    return folder / "whole", output
+
+
+@pytest.fixture(scope="module")
+def replicas(folder: Path) -> Path:
+    """Two replicas, two updates an iteration, a KL and an entropy term, overlapped gathering."""
+    changes = {
+        "parallel": {"timeout_s": 60},
+        "steps": 3,
+        "optimizer": {"lr": 0.0001, "schedule": "constant"},
+        "algorithm": {"updates_per_rollout": 2, "kl_coefficient": 0.1, "entropy_coefficient": 0.001},
+    }
+    finish(config_file(folder, "replicas", **changes), 2)
+    return folder / "replicas"
+
+
+def test_engine_and_trainer_agree_after_every_update(whole, replicas: Path) -> None:
+    for run, steps in ((whole[0], STEPS), (replicas, 3)):
+        records = records_of(run)
+        assert sorted(records) == list(range(1, steps + 1))
+        for record in records.values():
+            assert record["policy"]["tokens"] > 50
+            assert record["policy"]["gap_max"] < GAP
+            assert record["grad_norm"] > 0
+
+
+def test_answers_are_sampled_from_the_newest_weights(whole) -> None:
+    for step, groups in rollouts_of(whole[0]).items():
+        assert {answer["weights_version"] for group in groups for answer in group["answers"]} == {step - 1}
+
+
+def test_prompts_of_every_kind_are_rolled_out(whole) -> None:
+    media = {
+        tuple(Path(name).suffix for name in group["media"]) for groups in rollouts_of(whole[0]).values() for group in groups
+    }
+    assert {(), (".png",), (".png", ".png"), (".mp4",)} <= media
+
+
+def test_advantages_are_those_of_the_rewards(whole) -> None:
+    group = rollouts_of(whole[0])[1][0]
+    rewards = [answer["reward"] for answer in group["answers"]]
+    mean = sum(rewards) / len(rewards)
+    spread = (sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) ** 0.5
+    expected = [(reward - mean) / spread if spread else 0.0 for reward in rewards]
+    assert [answer["advantage"] for answer in group["answers"]] == pytest.approx(expected)
+
+
+def test_what_cannot_be_used_is_counted(whole) -> None:
+    run, output = whole
+    assert "12 prompts" not in output and "13 prompts: ocr 13; skipped: no answer 1" in output
+    lost = sum(record["lost"]["bad_prompts"] for record in records_of(run).values())
+    drawn_missing = output.count("nowhere.png")
+    assert lost == drawn_missing
+
+
+def test_held_out_prompts_are_answered_before_and_after(whole) -> None:
+    before, after = evaluations_of(whole[0])
+    assert set(before["pass@1"]) == set(after["pass@2"]) == {"ocr"}
+    assert before["reward"] != after["reward"]
+
+
+def test_a_reference_holds_the_start_and_moves_away(replicas: Path) -> None:
+    records = records_of(replicas)
+    # The first of two updates is at the reference, the last of six is five updates away from it.
+    assert 0 < 3 * records[1]["policy"]["kl_reference"] < records[3]["policy"]["kl_reference"]
+    assert records[1]["updates"] == 2
+    assert records[1]["policy"]["ratio_max"] > 1.0
+
+
+def test_a_killed_run_continues_exactly(whole, folder: Path) -> None:
+    file = config_file(folder, "killed")
+    process = start(file, 2)
+    deadline = time.monotonic() + 200
+    while max(records_of(folder / "killed"), default=0) <= EVERY and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    killed_at = max(records_of(folder / "killed"))
+    process.communicate()
+    assert EVERY < killed_at < STEPS
+    assert "resuming" in finish(file, 2)
+    assert records_of(folder / "killed") == records_of(whole[0])
+    assert rollouts_of(folder / "killed") == rollouts_of(whole[0])
+    assert evaluations_of(folder / "killed") == evaluations_of(whole[0])
