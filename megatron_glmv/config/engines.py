@@ -32,8 +32,9 @@ class DiskWeights(Config):
 
     kind: Literal["disk"] = "disk"
     folder: Path
-    """Where they are put, in a folder weights-VERSION each; the servers must see it under the same path. The latest one stays,
-    and one more while the next is written. /dev/shm is fastest where all servers run on the trainer's machine."""
+    """Where they are put, in a folder weights-VERSION each; of this run alone, and the servers must see it under the same path.
+    The latest one stays, and one more while the next is written. /dev/shm is fastest where all servers run on the trainer's
+    machine."""
 
 
 class VllmConfig(EngineBase, AskingConfig):

@@ -106,7 +106,7 @@ def changed(server: FakeVllm, **changes: Any) -> None:
 
 
 def test_everything_of_the_sampling_is_sent(server: FakeVllm, make) -> None:
-    [rollouts] = answers(make(server, answers_per_request=8), Request(prompt(), 20, seed=5))
+    [rollouts] = answers(make(server, answers_per_request=8, concurrency=1), Request(prompt(), 20, seed=5))
     assert [body["sampling_params"]["n"] for body in server.asked()] == [8, 8, 4]
     params = server.asked()[0]["sampling_params"]
     expected = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "max_tokens": 4, "min_tokens": 0, "logprobs": 0}
@@ -420,11 +420,10 @@ def test_an_answer_ends_before_a_token_of_pixels(server: FakeVllm, make) -> None
     assert len(server.asked()) == 1
 
 
-def test_forced_answers_are_continued(server: FakeVllm, second: FakeVllm, make) -> None:
-    engine = make(server, second, rule=RULE, concurrency=1)
+def test_forced_answers_are_continued(server: FakeVllm, make) -> None:
+    engine = make(server, rule=RULE, concurrency=1)
     [rollouts] = answers(engine, Request(prompt(), 3, seed=9))
-    asked = server.asked() or second.asked()
-    assert not (server.asked() and second.asked())  # the server that has the prompt's keys and values
+    asked = server.asked()
     first, *further = asked
     assert first["sampling_params"]["max_tokens"] == 6 and len(further) == 3
     for rollout in rollouts:
@@ -436,6 +435,14 @@ def test_forced_answers_are_continued(server: FakeVllm, second: FakeVllm, make) 
     seeds = [body["sampling_params"]["seed"] for body in asked]
     assert len(set(seeds)) == 4
     assert tokens(answers(engine, Request(prompt(), 3, seed=9))[0]) == tokens(rollouts)
+
+
+def test_the_server_that_has_read_a_prompt_continues_it(server: FakeVllm, second: FakeVllm, make) -> None:
+    engine = make(server, second, rule=RULE, concurrency=2)
+    server.delay_s = second.delay_s = 0.1
+    answers(engine, Request(prompt("a", 50, 51), 3, seed=0), Request(prompt("b", 60, 61), 3, seed=1))
+    read = [{body["token_ids"][0] for body in one.asked()} for one in (server, second)]
+    assert sorted(map(sorted, read)) == [[50], [60]] and len(server.asked()) == len(second.asked()) == 4
 
 
 def test_an_answer_ends_where_the_context_does(make) -> None:

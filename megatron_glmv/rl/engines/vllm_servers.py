@@ -197,7 +197,7 @@ class Servers:
     def _give_back(self, url: str) -> None:
         with self._lock:
             if url in self._under_way:
-                self._under_way[url] -= 1
+                self._under_way[url] = max(0, self._under_way[url] - 1)
 
     def _try(self, url: str, path: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
         for number in range(self._config.retries + 1):
