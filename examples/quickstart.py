@@ -25,7 +25,7 @@ RAW, PROCESSOR, ROWS = FOLDER / "data/raw", FOLDER / "data/processor", FOLDER / 
 TRAIN, HF, SUMMARY = FOLDER / "train", FOLDER / "hf", FOLDER / "summary.json"
 EVALUATION = FOLDER / "evaluation.json"
 
-NUM_TRAIN, NUM_EVAL = 20000, 400
+NUM_TRAIN, NUM_EVAL = 20000, 600
 LENGTH, ALIGN = 1024, 2
 
 

@@ -23,6 +23,7 @@ from megatron_glmv.rl.engines.engine import Engine, Sampling
 from megatron_glmv.rl.engines.vllm import VllmEngine
 from megatron_glmv.rl.expansion import Expansion
 from megatron_glmv.rl.force_answer import ForceRule
+from megatron_glmv.rl.picture import draw_curves
 from megatron_glmv.rl.prompt_reader import PromptReader
 from megatron_glmv.rl.prompts import PromptFiles
 from megatron_glmv.rl.reference import Reference
@@ -32,10 +33,12 @@ from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_stat
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import run_job
-from megatron_glmv.training.recorder import Recorder
+from megatron_glmv.training.recorder import METRICS_FILE, Recorder
 from megatron_glmv.training.start import describe_start, first_state, load_start
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.watchdog import Watchdog
+
+PICTURE = "curves.png"
 
 
 def run(config: RlConfig) -> int:
@@ -51,6 +54,8 @@ def run(config: RlConfig) -> int:
     def work(watchdog: Watchdog) -> None:
         with open_run(config, watchdog) as opened:
             train(opened)
+        if dist.get_rank() == 0 and (config.run_folder / METRICS_FILE).is_file():
+            draw_curves(config.run_folder / METRICS_FILE, config.run_folder / PICTURE)
 
     return run_job(config, work)
 

@@ -98,10 +98,12 @@ def train(run: RlRun) -> None:
         if run.checkpointer.poll() and run.recorder is not None:
             run.recorder.note(f"checkpoint complete, {state.step} iterations done")
         last = state.step == config.steps
-        if state.step % config.checkpoint.every_steps == 0 or last:
-            run.checkpointer.save(state, {STATE_FILE: state_dict(run)})
+        # Before the save, so that a run killed between the two evaluates again.
         if run.eval_roller is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
+        if state.step % config.checkpoint.every_steps == 0 or last:
+            run.watchdog.beat(state.step, "checkpoint")
+            run.checkpointer.save(state, {STATE_FILE: state_dict(run)})
     run.checkpointer.close()
 
 

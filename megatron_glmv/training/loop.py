@@ -49,10 +49,12 @@ def train(run: Run) -> None:
         if run.checkpointer.poll() and run.metrics is not None:
             run.metrics.note(f"checkpoint complete, {state.step} steps done")
         last = state.step == config.steps
-        if state.step % config.checkpoint.every_steps == 0 or last:
-            run.checkpointer.save(state)
+        # Before the save, so that a run killed between the two evaluates again.
         if run.eval_stream is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
+        if state.step % config.checkpoint.every_steps == 0 or last:
+            run.watchdog.beat(state.step, "checkpoint")
+            run.checkpointer.save(state)
     run.checkpointer.close()
 
 

@@ -34,6 +34,7 @@ from megatron_glmv.data.index import check_compatible
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.data.sample import SampleError, parse_sample
 from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.videos import plan_video, read_video_header
 from megatron_glmv.sequence.grid import image_grid
 from tests.data.clips import clip
 from tests.data.pictures import draw, encode, kinds, rotated_exif
@@ -92,22 +93,29 @@ def test_rows_hold_every_sample_once_as_it_was(plan: pack.Plan, tmp_path: Path) 
     rows = [reader.read(row) for row in range(len(reader))]
     found = {document.key: (document, media, data) for row in rows for document, media, data in
              zip(row.documents, row.media, row.data or (), strict=True)}  # fmt: skip
-    tokens = patches = trained = 0
+    tokens = patches = trained = num_videos = 0
     for path in plan.inputs:
         for line in path.read_text(encoding="utf-8").splitlines():
             sample = parse_sample(line, "", path.parent)
             record = json.loads(line)
-            grid = image_grid(record["height"], record["width"], chat.image.limits)
-            expected = chat.encode(sample, [grid])
+            (medium,) = sample.media()
+            original = (path.parent / medium.value).read_bytes()
+            is_video = medium.kind == "video"
+            video = plan_video(read_video_header(original), chat.video) if is_video else None
+            grid = video.grid if video else image_grid(record["height"], record["width"], chat.image.limits)
+            expected = chat.encode(sample, [video or grid])
             document, media, data = found.pop(sample.key)
             np.testing.assert_array_equal(document.tokens, expected.tokens)
             np.testing.assert_array_equal(document.loss_weights, expected.loss_weights)
-            assert document.frames == ((record["height"] // 14, record["width"] // 14),)
+            num_frames = len(record["digits"]) if is_video else 1
+            assert document.frames == ((record["height"] // 14, record["width"] // 14),) * num_frames
             assert (media[0].height, media[0].width) == (record["height"], record["width"])
-            assert data[0] == (path.parent / record["messages"][0]["content"][0]["image"]).read_bytes()
+            assert data[0] == original
+            num_videos += is_video
             tokens, patches = tokens + len(expected.tokens), patches + grid.num_patches
             trained += int(expected.loss_weights.sum())
     assert not found
+    assert num_videos > 1
     counts = {key: report[key] for key in ("samples", "kept", "rows", "tokens", "patches", "trained", "dropped", "faults")}
     assert counts == {"samples": 140, "kept": 140, "rows": len(rows), "tokens": tokens, "patches": patches,
                       "trained": trained, "dropped": {}, "faults": 0}  # fmt: skip

@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_tools.cli import main as run_tool
 from examples import quickstart_evaluate as evaluation
-from tests.model import oracle
-
-NUM_SAMPLES = 24
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Held-out samples of every task and a processor folder made from the training samples."""
-    folder = tmp_path_factory.mktemp("digits")
-    assert run_tool(["digits", str(folder / "raw"), "--train", "60", "--eval", str(NUM_SAMPLES)]) == 0
-    options = ["--input", str(folder / "raw" / "train.jsonl"), "--min-pixels", "1568"]
-    assert run_tool(["train-tokenizer", str(folder / "processor"), *options]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def hf_folder(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "model"
-    oracle.random_model("digits", seed=5).save_pretrained(folder)
-    shutil.copytree(data / "processor", folder, dirs_exist_ok=True)
-    return folder
+from tests.examples.samples import NUM_SAMPLES, read_eval
 
 
 def test_batched_answers_equal_unbatched_ones(data, hf_folder):
@@ -45,11 +24,22 @@ def test_batched_answers_equal_unbatched_ones(data, hf_folder):
 def test_batches_mix_prompt_lengths(data, hf_folder):
     """Otherwise the test above would not see the padding."""
     answerer = evaluation.Answerer(hf_folder)
-    lines = (data / "raw" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [answerer.prepare(json.loads(line), data / "raw") for line in lines]
+    questions = [answerer.prepare(sample, data / "raw") for sample in read_eval(data)]
     groups = list(evaluation.batches(questions, 8))
+    assert all(len({(q.kind, q.sample["task"] == "watch", tuple(q.grid[0].tolist())) for q in group}) == 1 for group in groups)
+    assert {group[0].kind for group in groups} == {"image", "video"}
     assert sorted(q.sample["id"] for group in groups for q in group) == sorted(q.sample["id"] for q in questions)
     assert any(len({len(q.ids) for q in group}) > 1 for group in groups)
+
+
+def test_a_batch_holds_one_kind_of_medium():
+    """A clip of one digit is as large as a picture of one."""
+    grid = torch.tensor([[1, 2, 2]])
+    questions = [
+        evaluation.Question({"id": kind, "task": "read"}, kind, Path(kind), [1], torch.zeros(4, 1), grid)
+        for kind in ("image", "video", "image")
+    ]
+    assert [len(group) for group in evaluation.batches(questions, 8)] == [2, 1]
 
 
 def test_folder_without_a_bias_is_refused(hf_folder, tmp_path):
@@ -80,8 +70,10 @@ def test_box_overlap(first, second, expected):
 
 
 def _sample(task, question, answer):
-    content = [{"type": "image", "image": "x.png"}, {"type": "text", "text": question}]
-    return {"id": answer, "task": task, "answer": answer, "messages": [{"role": "user", "content": content}]}
+    asked = [{"type": "image", "image": "x.png"}, {"type": "text", "text": question}]
+    written = [{"type": "text", "text": answer}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": written}]
+    return {"id": answer, "task": task, "answer": ["what a verifier reads"], "messages": messages}
 
 
 def test_scores_and_chance_levels():
@@ -101,5 +93,6 @@ def test_answers_are_greedy_and_stop_at_the_end_tokens(data, hf_folder):
     with torch.no_grad():
         answerer.model.lm_head.weight[1] = 100.0 * answerer.model.lm_head.weight[1].sign()
         answerer.model.lm_head.weight[8] = -answerer.model.lm_head.weight[1]
-    line = (data / "raw" / "eval.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    assert answerer.answer([answerer.prepare(json.loads(line), data / "raw")], 30) == [""]
+    for kind in ("read", "watch"):
+        sample = next(sample for sample in read_eval(data) if sample["task"] == kind)
+        assert answerer.answer([answerer.prepare(sample, data / "raw")], 30) == [""]

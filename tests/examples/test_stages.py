@@ -7,15 +7,23 @@ from pathlib import Path
 import pytest
 
 from megatron_glmv.config.base import load
+from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.summary import data_parallel_sizes
 from megatron_glmv.config.training import TrainConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STAGES = sorted(EXAMPLES.glob("*.yaml"))
+ALL = sorted(EXAMPLES.glob("*.yaml"))
+STAGES = [path for path in ALL if not path.stem.startswith("rl")]
 
 
 def stage(name: str) -> TrainConfig:
     config = load(TrainConfig, [EXAMPLES / f"{name}.yaml"])
+    config.check()
+    return config
+
+
+def rl_stage(name: str) -> RlConfig:
+    config = load(RlConfig, [EXAMPLES / f"{name}.yaml"])
     config.check()
     return config
 
@@ -29,7 +37,23 @@ def test_example_is_a_possible_run(path: Path):
     assert data_parallel_sizes(stage(path.stem))[0] == 1
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(set(ALL) - set(STAGES)), ids=lambda path: path.stem)
+def test_example_of_reinforcement_learning_is_a_possible_run(path: Path):
+    config = rl_stage(path.stem)
+    assert config.data_parallel(config.parallel.model_ranks) == 1
+
+
+def test_reinforcement_learning_has_the_values_of_the_paper():
+    """Section 5 of arXiv 2507.01006."""
+    config = rl_stage("rl")
+    assert (config.sampling.top_p, config.repack.row_length) == (1.0, 32_768)
+    assert (config.algorithm.kl_coefficient, config.algorithm.entropy_coefficient) == (0.0, 0.0)
+    assert config.algorithm.clip_high > config.algorithm.clip_low
+    assert config.curriculum.enabled and config.expansion.enabled and config.force_answer.enabled
+    assert config.checkpoint.start_from == stage("sft").run_folder
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_example_opens_with_what_it_needs_and_gives(path: Path):
     text = path.read_text(encoding="utf-8")
     head = text[: text.index("\nrun_folder")]
