@@ -9,6 +9,7 @@
 #
 # GPUs:  CUDA_VISIBLE_DEVICES=0,1 bash examples/vllm_server.sh MODEL 8000 --tensor-parallel-size 2 --max-model-len 65536
 # CPU:   bash examples/vllm_server.sh MODEL 8000 --dtype float32 --max-model-len 4096 --kv-cache-memory-bytes 1G
+# Trainer on other machines: --host ADDRESS of this machine, in a network that nobody else reaches (see below).
 # Trainer on the same GPUs' machine: leave it memory with --gpu-memory-utilization.
 set -euo pipefail
 model="${1:?usage: bash examples/vllm_server.sh MODEL_FOLDER [PORT] [options of vllm serve]}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from megatron_glmv.config.base import Config
 from megatron_glmv.config.http import Address, AskingConfig, TokenEnv
@@ -58,5 +59,13 @@ class VllmConfig(EngineBase, AskingConfig):
     """How new weights reach the servers."""
 
 
-EngineConfig = Annotated[EmbeddedConfig | VllmConfig, Field(discriminator="kind")]
-"""One of the engines, by its kind."""
+def _kind(given: Any) -> Any:
+    """The kind of an engine; one that is not named is embedded."""
+    return given.get("kind", "embedded") if isinstance(given, Mapping) else getattr(given, "kind", None)
+
+
+EngineConfig = Annotated[
+    Annotated[EmbeddedConfig, Tag("embedded")] | Annotated[VllmConfig, Tag("vllm")],
+    Discriminator(_kind, "unknown_engine", "kind: there are embedded and vllm"),
+]
+"""One of the engines, by its kind; embedded where none is named."""

@@ -26,6 +26,7 @@ def engine(**settings: Any) -> Any:
 def test_kinds():
     assert validate(Root, {}).engine == EmbeddedConfig(max_answers=64, gap_alarm=0.05)
     assert engine(kind="embedded", max_answers=7, gap_alarm=None).gap_alarm is None
+    assert engine(max_answers=9) == EmbeddedConfig(max_answers=9)
     made = engine(**VLLM)
     assert isinstance(made, VllmConfig) and made.gap_alarm == 0.05
     assert all(is_loopback(url) for url in made.addresses)
@@ -35,7 +36,7 @@ def test_kinds():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "sglang"}, "engine.*embedded.*vllm"),
+        ({"kind": "sglang"}, r"engine\.kind: there are embedded and vllm"),
         ({"kind": "embedded", "addresses": ["http://127.0.0.1"]}, r"engine\.embedded\.addresses: unknown key"),
         ({"kind": "vllm"}, r"engine\.vllm\.weights: Field required"),
         (VLLM | {"addresses": []}, "at least 1 item"),
