@@ -6,15 +6,14 @@ reward package (zai-org/GLM-V, 8fc9756) where a docstring says so. The paper giv
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from megatron_glmv.config.base import Config
+from megatron_glmv.config.http import Address, AskingConfig, TokenEnv, is_loopback
 
 Hack = Literal["interval", "hedge", "several", "vague", "copy", "reference", "judge"]
 Low = Annotated[float, Field(ge=-1, le=0)]
@@ -278,17 +277,9 @@ VERIFIERS: dict[str, type[DomainConfig]] = {
 """A verifier's name -> its settings."""
 
 
-class HttpConfig(Config):
-    """Rules of every client that asks a server."""
+class HttpConfig(AskingConfig):
+    """Rules of the judge's and the reward model's client."""
 
-    timeout_s: float = Field(default=60.0, gt=0)
-    """Longest wait for one reply, from the first byte sent to the last received."""
-    retries: int = Field(default=3, ge=0)
-    """Further tries after an error, a time-out or a reply that cannot be read."""
-    backoff_s: float = Field(default=0.5, ge=0)
-    """Wait before the first further try; it doubles with each, and a random half is added."""
-    concurrency: int = Field(default=16, ge=1, le=512)
-    """Questions under way at once."""
     cache: Path | None = None
     """Folder where replies are kept by the content of the question; null: none are."""
     down_after: int = Field(default=8, ge=1)
@@ -300,34 +291,20 @@ class HttpConfig(Config):
 class EndpointConfig(Config):
     """One server."""
 
-    url: str = "http://127.0.0.1:8000/v1"
+    url: Address = "http://127.0.0.1:8000/v1"
     """Base address; /chat/completions is added for a judge."""
     model: str = "judge"
-    token_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    token_env: TokenEnv | None = None
     """Environment variable that holds the bearer token. The token itself is never written anywhere."""
     price_in: float = Field(default=0.0, ge=0)
     """Cost of a million tokens sent, in any currency."""
     price_out: float = Field(default=0.0, ge=0)
     """Cost of a million tokens received."""
 
-    @field_validator("url")
-    @classmethod
-    def _is_an_address(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("not an http(s) address")
-        if parts.username or parts.password:
-            raise ValueError("holds a user name or password; put the token into an environment variable, see token_env")
-        return url.rstrip("/")
-
     @property
     def is_loopback(self) -> bool:
         """Whether the server runs on this machine."""
-        host = urlsplit(self.url).hostname or ""
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(self.url)
 
 
 class JudgeConfig(HttpConfig):

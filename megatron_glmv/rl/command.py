@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_glmv.config.base import ConfigError, to_yaml
+from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.convert.checkpoint_folder import CheckpointError, find, latest
 from megatron_glmv.convert.processor import find_processor
@@ -19,6 +20,7 @@ from megatron_glmv.parallel import platform
 from megatron_glmv.rl.curriculum import Curriculum
 from megatron_glmv.rl.engines.embedded import EmbeddedEngine
 from megatron_glmv.rl.engines.engine import Engine, Sampling
+from megatron_glmv.rl.engines.vllm import VllmEngine
 from megatron_glmv.rl.expansion import Expansion
 from megatron_glmv.rl.picture import draw_curves
 from megatron_glmv.rl.prompt_reader import PromptReader
@@ -128,9 +130,10 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
 def open_engine(config: RlConfig, sampling: Sampling) -> Engine:
     """The configured engine of this rank, still without weights."""
     dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
-    return EmbeddedEngine(
-        config.model.shape, sampling, max_answers=config.engine.max_answers, dtype=dtype, device=platform.device()
-    )
+    shape, settings = config.model.shape, config.engine
+    if isinstance(settings, VllmConfig):
+        return VllmEngine(shape, sampling, settings, dtype=dtype)
+    return EmbeddedEngine(shape, sampling, max_answers=settings.max_answers, dtype=dtype, device=platform.device())
 
 
 def _open_chat(config: RlConfig) -> Chat:

@@ -40,6 +40,8 @@ def send_weights(chunks: Sequence[DistributedDataParallel], shape: ModelShape, e
         for _ in tensors:  # on other ranks: take part
             pass
         dist.barrier()
+        if dist.get_rank() != 0:
+            engine.expect_version(version)
         return
     own = list(tensors)
     if dist.get_world_size() > 1:

@@ -36,6 +36,10 @@ def nodes(root: type[BaseModel]) -> Iterator[type[BaseModel]]:
                 yield from nodes(kind)
 
 
+ANY_NUMBER = {"RewardModelConfig.low", "RewardModelConfig.high"}
+"""Scores of a reward model, which has a scale of its own."""
+
+
 @pytest.mark.parametrize("root", GOLDEN)
 def test_every_number_has_a_range(root: type[BaseModel]):
     """A negative step count or a weight decay of -1 must not reach a rank."""
@@ -47,4 +51,4 @@ def test_every_number_has_a_range(root: type[BaseModel]):
         for choice in field.get("anyOf", [field])
         if choice.get("type") in ("integer", "number") and not {"minimum", "exclusiveMinimum"} & set(choice)
     ]
-    assert unbounded == []
+    assert set(unbounded) <= ANY_NUMBER

@@ -80,6 +80,11 @@ class EmbeddedEngine:
             raise EngineError(f"new weights lack {next(iter(own))} and {len(own) - 1} more tensors")
         self._version = version
 
+    def expect_version(self, version: int) -> None:
+        """Raise where the weights of this version have not come."""
+        if version != self._version:
+            raise EngineError(f"the embedded engine has weights {self._version} and not {version}; update_weights comes first")
+
     def check_health(self) -> None:
         """Raise where no weights have come yet, or the last ones did not come whole."""
         if self._version is None:

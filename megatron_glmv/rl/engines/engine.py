@@ -59,7 +59,8 @@ class Engine(Protocol):
     """Samples answers from the policy's newest weights.
 
     Attributes:
-        weights_on_every_rank: every rank's engine holds a model of its own and takes the weights; False: rank 0's alone does.
+        weights_on_every_rank: whether every rank's engine takes new weights with `update_weights`, as one does that holds its
+            own model. Otherwise rank 0 alone does, and the other ranks then call `expect_version`.
     """
 
     weights_on_every_rank: bool
@@ -80,6 +81,13 @@ class Engine(Protocol):
 
         Raises:
             EngineError: the weights did not arrive whole; the engine must not be used then.
+        """
+
+    def expect_version(self, version: int) -> None:
+        """Take note that the weights have come with `update_weights`, here or on rank 0, which must be through with it.
+
+        Raises:
+            EngineError: the engine has no weights of this version.
         """
 
     def check_health(self) -> None:
