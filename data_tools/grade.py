@@ -26,6 +26,7 @@ EPILOG = """\
 examples:
   glmv-data grade prompts.jsonl --out graded.jsonl --model runs/sft/hf --config examples/rl.yaml
   glmv-data grade prompts.jsonl --out graded.jsonl --model small --model large --answers 16 --config rewards.yaml --part 0/4
+  glmv-data grade prompts.jsonl --out graded.jsonl --model runs/sft/hf --server http://127.0.0.1:8000
   glmv-data grade prompts.jsonl --out graded.jsonl --rollouts runs/rl/rollouts/*.jsonl --config examples/rl.yaml
 
 --config takes the file of a `glmv rl` stage (its sampling, force_answer and rewards are used) or one of `glmv reward`, and
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="GRADED.jsonl", help="to write")
     group = parser.add_argument_group("who answers (at least one)")
     group.add_argument("--model", type=Path, action="append", default=[], metavar="HF_FOLDER", help="may be repeated")
+    group.add_argument("--server", action="append", default=[], metavar="http://HOST:PORT",
+                       help="vLLM server that loads each model and answers in place of this process; repeatable")  # fmt: skip
     group.add_argument("--rollouts", type=Path, nargs="+", default=[], metavar="FILE",
                        help="answers that `glmv rl` has sampled and judged; together they count as one model")  # fmt: skip
     group = parser.add_argument_group("answers")
@@ -81,10 +84,11 @@ def run(args: argparse.Namespace) -> None:
     # By name, as the command line of `glmv` does: the tools know nothing of the floors that compute.
     models = importlib.import_module("megatron_glmv.rl.grade_models")
     command = importlib.import_module("megatron_glmv.rl.grade_command")
+    running = (args.processor, args.dtype, args.max_answers, tuple(args.server))
     plan = command.GradePlan(
         prompts=tuple(args.prompts),
         out=args.out,
-        models=tuple(models.Model(folder, args.processor, args.dtype, args.max_answers) for folder in args.model),
+        models=tuple(models.Model(folder, *running) for folder in args.model),
         rollouts=tuple(args.rollouts),
         config=config,
         domain=args.domain,

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_glmv.config.base import validate
+from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.config.grade import GradeConfig
 from megatron_glmv.config.model import ModelConfig, ModelShape
 from megatron_glmv.convert.hf_folder import HfWeights
@@ -23,6 +25,7 @@ from megatron_glmv.convert.mapping import check_hf_shapes
 from megatron_glmv.data.chat import Chat, ProcessorError
 from megatron_glmv.rl.engines.embedded import EmbeddedEngine
 from megatron_glmv.rl.engines.engine import Engine, Request, Sampling
+from megatron_glmv.rl.engines.vllm import VllmEngine
 from megatron_glmv.rl.force_answer import ForceRule
 from megatron_glmv.rl.grade_counts import Count, GradeError
 from megatron_glmv.rl.prompt_reader import BadPromptError, PromptReader
@@ -47,12 +50,14 @@ class Model:
         processor: folder with tokenizer, chat template and limits of pictures; None: the same.
         dtype: of weights and computation; auto: bfloat16 on a GPU, else float32.
         max_answers: answers that decode together.
+        servers: addresses of vLLM servers that load the folder and answer; none: transformers in this process.
     """
 
     folder: Path
     processor: Path | None = None
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     max_answers: int = 64
+    servers: tuple[str, ...] = ()
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -85,7 +90,14 @@ def open_engine(model: Model, sampling: Sampling) -> Engine:
 
     Raises:
         MappingError: weights that are missing or not of the architecture.
+        EngineError: a server does not answer, or does not load them.
     """
+    if model.servers:
+        check_hf_shapes(HfWeights(model.folder).shapes, model.shape, str(model.folder))
+        settings = {"kind": "vllm", "addresses": model.servers, "weights": {"folder": model.folder}}
+        served = VllmEngine(model.shape, sampling, validate(VllmConfig, settings, where="--server"))
+        served.load_folder(model.folder, version=0)
+        return served
     has_gpu = torch.cuda.is_available()
     is_half = model.dtype == "bf16" or (model.dtype == "auto" and has_gpu)
     dtype, device = torch.bfloat16 if is_half else torch.float32, "cuda" if has_gpu else "cpu"

@@ -36,6 +36,7 @@ from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.types import Answer, Group, Prompt, Reward, Rollout, Task
 from tests.data.processor import write_processor
 from tests.model import oracle
+from tests.rl.fake_vllm import FakeVllm
 from tests.rl.prompt_files import write_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -77,6 +78,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rl.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert cli.main(command(folder, "known")) == 0
     return folder
+
+
+def test_a_server_answers_with_the_weights_of_the_folder(base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    asked = {"messages": [{"role": "user", "content": "Read it."}], "domain": "reading", "answer": "e a o i t n r s l d"}
+    prompts.write_text("".join(json.dumps(asked | {"id": str(place)}) + "\n" for place in range(3)), encoding="utf-8")
+    fake = FakeVllm()
+    try:
+        arguments = ["grade", str(prompts), "--out", str(tmp_path / "graded.jsonl"), "--config", str(base / "rl.yaml")]
+        more = ["grading.drop_unsolvable=false", "grading.drop_trivial=false"]
+        assert cli.main([*arguments, *more, "--model", str(base / "small"), "--server", fake.url]) == 0
+    finally:
+        fake.close()
+    loads = [body["kwargs"]["weights_path"] for path, body in fake.calls if path == "/collective_rpc"]
+    assert loads == [str(base / "small")]
+    assert sum(body["sampling_params"]["n"] for body in fake.asked()) == 3 * NUM_ANSWERS
+    graded = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["graded"][0]["answers"] for line in graded] == [NUM_ANSWERS] * 3
 
 
 def command(base: Path, name: str, *options: str, models: tuple[str, ...] = ("small", "other")) -> list[str]:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,21 @@ class VllmEngine:
         """
         self._version = None
         self._servers.find()
-        load = self._transport.send(tensors, version)
+        self._renew(self._transport.send(tensors, version), version)
+        self._transport.clean(version)
+
+    def load_folder(self, folder: Path, version: int) -> None:
+        """Bring the weights of a Hugging Face folder that the servers see to all of them that answer.
+
+        Raises:
+            EngineError: no server is there, or one did not load them.
+        """
+        self._version = None
+        self._servers.find()
+        self._renew(vllm_weights.load_from(folder.absolute()), version)
+
+    def _renew(self, load: vllm_weights.Load, version: int) -> None:
+        """Have every server load weights that are ready for it."""
 
         def renew(url: str) -> None:
             try:
@@ -91,7 +106,6 @@ class VllmEngine:
         with ThreadPoolExecutor(len(self._config.addresses)) as pool:
             list(pool.map(renew, self._servers.live))
         self._servers.check_any()
-        self._transport.clean(version)
         self._probe()
         self._version = version
 

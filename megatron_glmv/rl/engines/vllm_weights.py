@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class Load:
     path: str
     body: Mapping[str, Any]
     where: str
+
+
+def load_from(folder: Path) -> Load:
+    """Weights that lie in a folder already."""
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+    return Load("/collective_rpc", body, str(folder))
 
 
 class DiskTransport:
@@ -74,8 +81,7 @@ class DiskTransport:
                 write_weights(partial, sizes, dtypes, _in_order(tensors, sizes, self._dtype))
         except (MappingError, OSError) as error:
             raise EngineError(f"weights {version} cannot be handed to the servers: {error}") from None
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
-        return Load("/collective_rpc", body, str(target))
+        return load_from(target)
 
     def clean(self, version: int) -> None:
         """Remove what earlier updates wrote, once every server has loaded this version."""
