@@ -50,16 +50,19 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def summarize(seconds: dict[str, float]) -> dict[str, Any]:
-    """Accuracy of every task before and after, from the files that the phases left."""
-    before, after = (json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in (BEFORE, AFTER))
-    tasks = {
-        task: _compare(report["accuracy"], after[task]["accuracy"]) | {"chance": report["chance"], "samples": report["samples"]}
-        for task, report in before.items()
-    }
+    """Accuracy before and after, from the files that the phases left.
+
+    `sampled` is that of the policy as it is trained, at temperature 1, by domain, from the run's own evaluations; `greedy` that
+    of the exported folders under plain transformers, by task.
+    """
     config = yaml.safe_load((TRAIN / "config.yaml").read_text(encoding="utf-8"))
+    records = map(json.loads, (TRAIN / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    evaluations = [record["eval"]["accuracy"] for record in records if "eval" in record]
+    reports = (json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in (BEFORE, AFTER))
+    tasks = [{task: found["accuracy"] for task, found in report.items()} for report in reports]
     return {
-        "tasks": tasks,
-        "mean": _compare(*(sum(task[when] for task in tasks.values()) / len(tasks) for when in ("before", "after"))),
+        "sampled": compare(evaluations[0], evaluations[-1]),
+        "greedy": compare(*tasks),
         "iterations": config["steps"],
         "seed": config["seed"],
         "seconds": seconds,
@@ -67,15 +70,20 @@ def summarize(seconds: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _compare(before: float, after: float) -> dict[str, float]:
-    return {"before": before, "after": after, "gain": after - before}
+def compare(before: dict[str, float], after: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Each name's accuracy before and after, and the mean of all."""
+    pairs = {name: (before[name], after[name]) for name in sorted(before)}
+    pairs["mean"] = tuple(sum(pair[when] for pair in pairs.values()) / len(pairs) for when in (0, 1))
+    return {name: {"before": first, "after": last, "gain": last - first} for name, (first, last) in pairs.items()}
 
 
 def table(summary: dict[str, Any]) -> list[str]:
     """The summary for people."""
-    lines = [f"{'held-out accuracy, greedy':<28}{'before':>8}{'after':>8}{'gain':>8}"]
-    for name, row in (*summary["tasks"].items(), ("mean of the tasks", summary["mean"])):
-        lines.append(f"{name:<28}{row['before']:>8.1%}{row['after']:>8.1%}{100 * row['gain']:>+8.1f}")
+    lines = []
+    for key, title in (("sampled", "as sampled in training"), ("greedy", "greedy, plain transformers")):
+        lines.append(f"{'held-out accuracy, ' + title:<46}{'before':>8}{'after':>8}{'gain':>8}")
+        for name, row in summary[key].items():
+            lines.append(f"  {name:<44}{row['before']:>8.1%}{row['after']:>8.1%}{100 * row['gain']:>+8.1f}")
     return lines
 
 
