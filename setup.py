@@ -60,7 +60,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
-        "dev": ["peft", "pytest", "ruff", "mypy", "import-linter"],
+        "dev": ["peft", "pytest", "pytest-xdist", "ruff", "mypy", "import-linter"],
     },
     entry_points={"console_scripts": ["glmv = megatron_glmv.cli:main", "glmv-data = data_tools.cli:main"]},
 )

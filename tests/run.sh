@@ -20,7 +20,9 @@ step "ruff check" python -m ruff check .
 step "ruff format" python -m ruff format --check .
 step "import floors" lint-imports --no-logo
 step "mypy" python -m mypy
-step "pytest" python -m pytest -q --durations=10 "$@"
+# Two files at a time: most of a test's time is the start of ranks, which one core does. A file stays in one process, whose
+# fixtures it shares.
+step "pytest" python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: $(IFS=,; echo "${failed[*]}")"

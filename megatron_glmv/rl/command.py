@@ -105,7 +105,8 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
         recorder = None
         if dist.get_rank() == 0:
             (config.run_folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            recorder = Recorder(config.run_folder, tensorboard=config.metrics.tensorboard, first_step=state.step)
+            # Without a checkpoint the run begins anew, with its first evaluation, which is recorded at step 0.
+            recorder = Recorder(config.run_folder, tensorboard=config.metrics.tensorboard, first_step=state.step or -1)
             stack.callback(recorder.close)
             recorder.note(describe_start(config, models, state))
             recorder.note(files.describe())
