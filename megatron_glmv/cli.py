@@ -33,6 +33,7 @@ examples:
   glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
   torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
   glmv rl examples/rl.yaml --ranks 2                       answers, rewards, updates: two ranks on this machine
+  glmv status runs/sft                                     where a run stands, from its files
   glmv import GLM-4.1V-9B-Base checkpoints/base            a Hugging Face folder as a checkpoint, for any layout
   glmv export runs/sft runs/sft/hf                         a run's newest checkpoint as a Hugging Face folder
   glmv verify runs/sft/hf runs/sft                         are the two one model?
@@ -52,6 +53,10 @@ RL_HELP = """\
 Reinforcement learning with curriculum sampling: prompts are drawn by difficulty, an engine samples groups of answers, verifiers
 judge them, and the policy is updated in the layout that the file names. Ranks, launchers, checkpoints and resuming are those of
 glmv train. docs/rl.md describes prompts, engines, rewards and every part.
+"""
+STATUS_HELP = """\
+Reads files only: whether the run goes on, is finished, has failed or was killed, and where; step, speed and time left; loss or
+reward; held-out results; the newest checkpoint; samples that did not decode. Works for a run on any machine of a shared disk.
 """
 IMPORT_HELP = """\
 Writes the weights of a Hugging Face folder as a checkpoint, a few rows at a time: no GPU, and a few GB of memory for any size.
@@ -129,6 +134,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--schema", action="store_true", help="print every key with its type, range and meaning as JSON schema"
     )
     command.set_defaults(call=_rl)
+
+    command = commands.add_parser(
+        "status", help="what a run's folder says of it", description=STATUS_HELP, formatter_class=plain
+    )
+    command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
+    command.set_defaults(call=_status)
 
     _add_conversions(commands)
     _add_reward(commands)
@@ -291,6 +302,11 @@ def _too_few(config: StageConfig, ranks: int, words: Sequence[str]) -> str:
 def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path) -> int:
     """Start ranks on this machine and end with the exit code of the first that failed."""
     return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, words, run_folder)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    return OK
 
 
 def _import(arguments: argparse.Namespace) -> int:

@@ -129,7 +129,7 @@ class Watchdog:
                 first = min(failed, key=lambda b: b.heard)
                 where = f"rank {own.rank} ended at {own.place}"
                 return f"{where} because rank {first.rank} failed at {first.place}: {first.failure}"
-            lost = [b for b in beats if not b.failure and (_is_gone(b) or self._is_silent(b))]
+            lost = [b for b in beats if not b.failure and (is_gone(b) or self._is_silent(b))]
             if lost:
                 names = "; ".join(f"rank {b.rank}: {b.place}, {_age(b)} ago" for b in lost)
                 return f"rank {own.rank} lost contact at {own.place}; last heard of {names}"
@@ -139,13 +139,7 @@ class Watchdog:
 
     def read(self) -> list[Heartbeat]:
         """What every rank last said, in rank order; ranks that never started are missing."""
-        found = []
-        for rank in range(self._world_size):
-            try:
-                found.append(Heartbeat(**json.loads(self._path(rank).read_bytes().rstrip(b"\0 \n"))))
-            except (OSError, ValueError, TypeError):
-                continue
-        return found
+        return [beat for rank in range(self._world_size) if (beat := _read(self._path(rank))) is not None]
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval_s):
@@ -180,7 +174,7 @@ class Watchdog:
             text = f"{_ranks(b.rank for b in behind)} {verb} at {behind[0].place} while the others are at {where}"
         else:
             text = f"{_ranks(b.rank for b in behind)} {verb} at {behind[0].place}"
-        silent = [b for b in beats if not b.failure and (_is_gone(b) or self._is_silent(b))]
+        silent = [b for b in beats if not b.failure and (is_gone(b) or self._is_silent(b))]
         if silent:
             text += "; " + ", ".join(f"rank {b.rank} was last heard of {_age(b)} ago" for b in silent)
         if missing:
@@ -229,13 +223,26 @@ class Watchdog:
         return self._folder / f"rank_{rank:04d}.json"
 
 
+def read_heartbeats(run_folder: Path) -> list[Heartbeat]:
+    """What every rank of a run last said, in rank order, whatever their number."""
+    found = map(_read, sorted((run_folder / "ranks").glob("rank_*.json")))
+    return [beat for beat in found if beat is not None]
+
+
+def _read(path: Path) -> Heartbeat | None:
+    try:
+        return Heartbeat(**json.loads(path.read_bytes().rstrip(b"\0 \n")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exception of a collective means that a peer has gone."""
     text = str(error).lower()
     return isinstance(error, RuntimeError | OSError) and any(word in text for word in _LOST_PEER)
 
 
-def _is_gone(beat: Heartbeat) -> bool:
+def is_gone(beat: Heartbeat) -> bool:
     """Whether a process of this machine has ended; others cannot be asked."""
     if beat.host != socket.gethostname():
         return False

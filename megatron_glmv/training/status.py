@@ -1,0 +1,123 @@
+"""``glmv status``: the state of a run from the files in its folder alone, on any machine that sees them.
+
+No process of the run is asked, so it answers for a run that is over, was killed, or is on another machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_glmv.config.base import InputError, read_yaml
+from megatron_glmv.convert.checkpoint_folder import complete_folders, read_manifest
+from megatron_glmv.training.progress import format_count, format_duration
+from megatron_glmv.training.recorder import METRICS_FILE, read_metrics
+from megatron_glmv.training.watchdog import Heartbeat, is_gone, read_heartbeats
+
+SILENT_S = 60.0
+"""A rank renews its file every few seconds; one that has not for so long has ended or lost its disk."""
+
+
+def print_status(run_folder: Path) -> None:
+    """Print what the folder says.
+
+    Raises:
+        InputError: it is no run's folder.
+    """
+    if not (run_folder / "config.yaml").is_file():
+        raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
+    config = read_yaml(run_folder / "config.yaml")
+    records = list(read_metrics(run_folder / METRICS_FILE))
+    for name, text in _lines(run_folder, config, records):
+        print(f"{name:<12}{text}")
+
+
+def _lines(run_folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    kind = "rl" if "prompts" in config else "train"
+    yield "run", f"{run_folder} (glmv {kind})"
+    yield "state", describe_state(read_heartbeats(run_folder), time.time())
+    last = next((record for record in reversed(records) if "loss" in record or "expansion" in record), None)
+    if last is not None:
+        yield from _progress(last, int(config["steps"]))
+    evaluated = next((record for record in reversed(records) if "eval_loss" in record or "eval" in record), None)
+    if evaluated is not None:
+        yield "held out", _evaluation(evaluated)
+    yield from _checkpoints(run_folder)
+    faults = sum(sum(1 for _ in path.open("rb")) for path in run_folder.glob("bad_samples_*.jsonl"))
+    if faults:
+        yield "bad samples", f"{faults:,}, listed in {run_folder}/bad_samples_*.jsonl"
+
+
+def describe_state(beats: Sequence[Heartbeat], now: float) -> str:
+    """Whether the run goes on, and where it stands or stood.
+
+    Args:
+        beats: what every rank last said.
+        now: seconds since the epoch.
+    """
+    if not beats:
+        return "never started a rank"
+    failed = [beat for beat in beats if beat.failure and beat.failure not in ("lost contact", "finished")]
+    if failed:
+        first = min(failed, key=lambda beat: beat.heard)
+        return f"failed {_ago(now - first.heard)}: rank {first.rank} at {first.place}: {first.failure}"
+    last = max(beats, key=lambda beat: beat.heard)
+    if all(beat.failure == "finished" for beat in beats):
+        return f"finished {_ago(now - last.heard)} at step {last.step}, {len(beats)} ranks"
+    silent = [beat for beat in beats if not beat.failure and (now - beat.heard > SILENT_S or is_gone(beat))]
+    lost = [beat for beat in beats if beat.failure == "lost contact"]
+    if len(silent) + len(lost) == len(beats) or lost:
+        first = min(silent or lost, key=lambda beat: beat.heard)
+        return f"stopped {_ago(now - last.heard)} at step {last.step}; first silent: rank {first.rank} at {first.place}"
+    if silent:
+        names = ", ".join(str(beat.rank) for beat in silent[:8])
+        return f"running at step {last.step}, but silent: rank {names}{', ...' if len(silent) > 8 else ''}"
+    behind = min(beats, key=lambda beat: beat.beats)
+    return f"running, {len(beats)} ranks, heard of {_ago(now - last.heard)}; at {behind.place}"
+
+
+def _progress(last: Mapping[str, Any], steps: int) -> Iterator[tuple[str, str]]:
+    done = int(last["step"])
+    seconds = float(last["seconds"]["total"] if "expansion" in last else last["step_s"])
+    left = format_duration((steps - done) * seconds)
+    yield "progress", f"step {done:,} of {steps:,}, {done / steps:.0%}; {seconds:.2f} s a step, {left} left"
+    if "expansion" in last:
+        reward, accuracy = (_mean(last.get(key, {})) for key in ("reward", "accuracy"))
+        useful = last["expansion"]["useful_share"]
+        yield "reward", f"{reward:.3f}, accuracy {accuracy:.1%}, useful groups {useful:.0%} (means over domains)"
+        return
+    loss = last["loss"]
+    yield "loss", "the last step was skipped" if loss is None else f"{loss:.4f}, gradient norm {last['grad_norm'] or 0:.2f}"
+    mfu = f", MFU {last['mfu']:.1%}" if last.get("mfu") else ""
+    yield "speed", f"{format_count(last['tokens_per_s'])} useful tokens/s, {last['useful_share']:.0%} of all{mfu}"
+    if last.get("skipped_steps"):
+        yield "skipped", f"{last['skipped_steps']:,} steps whose gradients were not finite"
+
+
+def _evaluation(record: Mapping[str, Any]) -> str:
+    if "eval_loss" in record:
+        return f"loss {record['eval_loss']:.4f} at step {record['step']:,}"
+    accuracy = record["eval"]["accuracy"]
+    listed = ", ".join(f"{domain} {value:.1%}" for domain, value in sorted(accuracy.items()))
+    return f"accuracy {_mean(accuracy):.1%} at step {record['step']:,}: {listed}"
+
+
+def _checkpoints(run_folder: Path) -> Iterator[tuple[str, str]]:
+    complete = complete_folders(run_folder)
+    if not complete:
+        yield "checkpoint", "none"
+        return
+    step, folder = list(complete.items())[-1]
+    saved = read_manifest(folder).get("saved_at")
+    age = f", {_ago(time.time() - saved)}" if saved else ""
+    yield "checkpoint", f"{folder.name} of step {step:,}{age}; {len(complete)} on disk"
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values) if values else 0.0
+
+
+def _ago(seconds: float) -> str:
+    return f"{format_duration(seconds)} ago" if seconds >= 1 else "now"

@@ -1,0 +1,102 @@
+"""What `glmv status` says of runs in every state, from files as runs leave them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_glmv import cli
+from megatron_glmv.training.status import describe_state
+from megatron_glmv.training.watchdog import Heartbeat, read_heartbeats
+
+NOW = 1000.0
+ALIVE = Heartbeat(0, 7, "step", 30, NOW - 2, socket.gethostname(), os.getpid())
+FAR = replace(ALIVE, rank=1, host="another", process=1)
+STATES = {
+    "running, 2 ranks, heard of 0:02 ago; at step 7 (step)": [ALIVE, FAR],
+    "running at step 7, but silent: rank 1": [ALIVE, replace(FAR, heard=NOW - 300)],
+    "stopped 5:00 ago at step 7; first silent: rank 1 at step 6 (data)": [
+        replace(ALIVE, host="another", heard=NOW - 300),
+        replace(FAR, step=6, phase="data", heard=NOW - 301),
+    ],
+    "stopped 0:02 ago at step 7; first silent: rank 0 at step 7 (step)": [replace(ALIVE, process=2**22 + 1)],
+    "failed 0:09 ago: rank 1 at step 7 (step): OSError: disk": [
+        replace(ALIVE, failure="lost contact"),
+        replace(FAR, failure="OSError: disk", heard=NOW - 9),
+    ],
+    "finished 1:00 ago at step 7, 2 ranks": [
+        replace(ALIVE, failure="finished", heard=NOW - 60),
+        replace(FAR, failure="finished", heard=NOW - 61),
+    ],
+    "never started a rank": [],
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_state_is_told_from_what_ranks_last_said(state: str) -> None:
+    assert describe_state(STATES[state], NOW) == state
+
+
+def write_run(folder: Path, config: str, records: list[dict]) -> None:
+    (folder / "ranks").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 9, "lo')
+    (folder / "ranks/rank_0000.json").write_bytes(json.dumps(asdict(replace(ALIVE, failure="finished"))).encode().ljust(1024))
+
+
+def test_a_training_run_is_told_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = {
+        "step": 8,
+        "loss": 1.5,
+        "grad_norm": 2.0,
+        "step_s": 0.5,
+        "tokens_per_s": 4000.0,
+        "useful_share": 0.9,
+        "skipped_steps": 1,
+    }
+    write_run(tmp_path, "steps: 20", [step, {"step": 8, "eval_loss": 1.25}])
+    (tmp_path / "bad_samples_train_0.jsonl").write_text("{}\n{}\n")
+    saved = tmp_path / "checkpoints/step_00000006"
+    saved.mkdir(parents=True)
+    (saved / "meta.json").write_text('{"format": 1, "step": 6}')
+    assert cli.main(["status", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    for part in (
+        "(glmv train)",
+        "step 8 of 20, 40%; 0.50 s a step, 0:06 left",
+        "1.5000, gradient norm 2.00",
+        "4.00k useful tokens/s, 90% of all",
+        "1 steps whose gradients were not finite",
+        "loss 1.2500 at step 8",
+        "step_00000006 of step 6; 1 on disk",
+        "2, listed in",
+    ):
+        assert part in output
+    assert len(read_heartbeats(tmp_path)) == 1
+
+
+def test_a_run_of_reinforcement_learning_is_told_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    iteration = {
+        "step": 5,
+        "expansion": {"useful_share": 0.5},
+        "seconds": {"total": 2.0},
+        "reward": {"ocr": 0.5, "math": 0.7},
+        "accuracy": {"ocr": 0.25, "math": 0.75},
+    }
+    write_run(tmp_path, "{steps: 10, prompts: {}}", [iteration, {"step": 0, "eval": {"accuracy": {"ocr": 0.2, "math": 0.4}}}])
+    assert cli.main(["status", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "step 5 of 10, 50%; 2.00 s a step, 0:10 left" in output
+    assert "0.600, accuracy 50.0%, useful groups 50%" in output
+    assert "accuracy 30.0% at step 0: math 40.0%, ocr 20.0%" in output
+    assert "checkpoint  none" in output
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(tmp_path)]) == 1
+    assert "holds no config.yaml" in capsys.readouterr().err
