@@ -18,6 +18,8 @@ class EngineBase(Config):
     gap_alarm: float | None = Field(default=0.05, gt=0)
     """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats, above which the run warns; null:
     never. Rounding of bfloat16 alone gives a few hundredths; wrong weights or pictures give tenths and more."""
+    max_missing_share: float = Field(default=0.25, ge=0, le=1)
+    """The run stops when the engine leaves out more than this share of a wave's answers; fewer are counted and done without."""
 
 
 class EmbeddedConfig(EngineBase):

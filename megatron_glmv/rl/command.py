@@ -100,6 +100,7 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
                 max_prompt_tokens=config.prompts.max_tokens or config.repack.row_length - longest,
                 max_bad_share=share,
                 max_masked_share=config.rewards.max_masked_share,
+                max_missing_share=config.engine.max_missing_share,
             )
 
         recorder = None

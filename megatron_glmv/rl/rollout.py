@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_glmv.rl.engines.engine import Engine, Request
+from megatron_glmv.rl.engines.engine import Engine, EngineError, Request
 from megatron_glmv.rl.prompt_reader import BadPromptError, PromptReader
 from megatron_glmv.rl.prompts import TOLERATED, PromptError, PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
@@ -81,6 +81,7 @@ class Roller:
         max_prompt_tokens: longest prompt.
         max_bad_share: of the prompts drawn so far that may be unreadable.
         max_masked_share: of a wave's answers that may stay without a reward.
+        max_missing_share: of a wave's answers that the engine may leave out.
     """
 
     def __init__(
@@ -93,11 +94,13 @@ class Roller:
         max_prompt_tokens: int,
         max_bad_share: float,
         max_masked_share: float,
+        max_missing_share: float,
     ) -> None:
         self._files, self._reader, self._engine, self._rewarder = files, reader, engine, rewarder
         self._tasks = {task.key: task for task in files.tasks}
         self._max_prompt_tokens = max_prompt_tokens
         self._max_bad_share, self._max_masked_share = max_bad_share, max_masked_share
+        self._max_missing_share = max_missing_share
         self._num_drawn = self._num_bad = 0
 
     def roll_out(self, keys: Sequence[str], num_answers: int, seed: Sequence[int]) -> Wave:
@@ -110,7 +113,7 @@ class Roller:
 
         Raises:
             PromptError: too many prompts cannot be read.
-            EngineError: the engine gives no answers.
+            EngineError: the engine gives no answers, or leaves out too many.
             TooManyMasked: too many answers could not be judged.
         """
         started = time.perf_counter()
@@ -168,6 +171,12 @@ class Roller:
                 f"prompts: {self._num_bad} of {self._num_drawn} that were drawn cannot be read, more than "
                 f"prompts.max_bad_share {self._max_bad_share:g}; for instance {bad[0]}"
             )
+        missing = len(found) * num_answers - sum(len(group.answers) for group in groups)
+        if missing > self._max_missing_share * len(found) * num_answers:
+            raise EngineError(
+                f"the engine left out {missing} of {len(found) * num_answers} answers, more than engine.max_missing_share "
+                f"{self._max_missing_share:g}; its log says why"
+            )
         tally = _tally(groups)
         tally.check(self._max_masked_share)
         sampled = [part["sampled_s"] for part in parts]
@@ -176,7 +185,7 @@ class Roller:
             tally,
             bad,
             unanswered=len(found) - len(groups),
-            missing=len(found) * num_answers - sum(len(group.answers) for group in groups),
+            missing=missing,
             rollout_s=max(sampled),
             reward_s=max(part["judged_s"] for part in parts),
             idle_share=1 - sum(sampled) / (len(sampled) * max(sampled)),

@@ -136,6 +136,7 @@ def test_engine_and_trainer_agree_after_every_update(whole, replicas: Path) -> N
         for record in records.values():
             assert record["policy"]["tokens"] > 50
             assert record["policy"]["gap_max"] < GAP
+            assert record["response"]["forced_share"] > 0
             assert record["grad_norm"] > 0
 
 
