@@ -52,16 +52,17 @@ def main(overrides: Sequence[str]) -> None:
 def summarize(seconds: dict[str, float]) -> dict[str, Any]:
     """Accuracy before and after, from the files that the phases left.
 
-    `sampled` is that of the policy as it is trained, at temperature 1, by domain, from the run's own evaluations; `greedy` that
-    of the exported folders under plain transformers, by task.
+    `sampled` is that of the policy as it is trained, at temperature 1, from the run's own evaluations; `greedy` that of the
+    exported folders under plain transformers.
     """
     config = yaml.safe_load((TRAIN / "config.yaml").read_text(encoding="utf-8"))
     records = map(json.loads, (TRAIN / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    evaluations = [record["eval"]["accuracy"] for record in records if "eval" in record]
+    evaluations = [record["eval"]["subcategory_accuracy"] for record in records if "eval" in record]
+    sampled = [{name.rpartition("/")[2]: rate for name, rate in found.items()} for found in (evaluations[0], evaluations[-1])]
     reports = (json.loads(path.read_text(encoding="utf-8"))["tasks"] for path in (BEFORE, AFTER))
     tasks = [{task: found["accuracy"] for task, found in report.items()} for report in reports]
     return {
-        "sampled": compare(evaluations[0], evaluations[-1]),
+        "sampled": compare(*sampled),
         "greedy": compare(*tasks),
         "iterations": config["steps"],
         "seed": config["seed"],

@@ -84,21 +84,27 @@ def record_of(iteration: Iteration) -> dict[str, Any]:
 
 
 def describe_groups(groups: Sequence[Group]) -> dict[str, Any]:
-    """Of each domain: pass@k for k = 1, 2, 4, ... up to the group's size, and the mean spread of a group's rewards."""
+    """Of each domain: pass@k for k = 1, 2, 4, ... up to the group's size, and the mean spread of a group's rewards.
+
+    Where prompts have sub-categories, also the accuracy of each, as "domain/subcategory".
+    """
     estimates: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     spread: dict[str, list[float]] = defaultdict(list)
+    parts: dict[str, list[float]] = defaultdict(list)
     for group in groups:
         domain, outcome = group.prompt.task.domain, outcome_of(group)
         if not outcome.num_judged:
             continue
         spread[domain].append(outcome.spread)
+        if group.prompt.task.subcategory:
+            parts[f"{domain}/{group.prompt.task.subcategory}"].append(outcome.pass_rate)
         right = round(outcome.pass_rate * outcome.num_judged)
         k = 1
         while k <= outcome.num_judged:
             estimates[f"pass@{k}"][domain].append(pass_at_k(outcome.num_judged, right, k))
             k *= 2
     found: dict[str, Any] = {name: _means(domains) for name, domains in estimates.items()}
-    return found | {"group_spread": _means(spread)}
+    return found | {"group_spread": _means(spread)} | ({"subcategory_accuracy": _means(parts)} if parts else {})
 
 
 def describe_responses(groups: Sequence[Group]) -> dict[str, float]:

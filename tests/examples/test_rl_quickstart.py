@@ -25,8 +25,8 @@ def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_gains_are_last_less_first(example, tmp_path: Path) -> None:
     example.TRAIN.mkdir(parents=True)
     (example.TRAIN / "config.yaml").write_text("{steps: 3, seed: 7}")
-    accuracies = [{"ocr": 0.5, "video": 0.1}, {"ocr": 0.9, "video": 0.9}, {"ocr": 0.6, "video": 0.4}]
-    records = [{"step": step, "eval": {"accuracy": found}} for step, found in enumerate(accuracies)]
+    accuracies = [{"ocr/read": 0.5, "video/watch": 0.1}, {"ocr/read": 0.9}, {"ocr/read": 0.6, "video/watch": 0.4}]
+    records = [{"step": step, "eval": {"subcategory_accuracy": found}} for step, found in enumerate(accuracies)]
     lines = [json.dumps(record) for record in [*records, {"step": 3, "reward": {"ocr": 1.0}}]]
     (example.TRAIN / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     for path, accuracy in ((example.BEFORE, 0.25), (example.AFTER, 0.75)):
@@ -36,4 +36,4 @@ def test_gains_are_last_less_first(example, tmp_path: Path) -> None:
     assert summary["greedy"]["read"] == pytest.approx({"before": 0.25, "after": 0.75, "gain": 0.5})
     assert (summary["iterations"], summary["seed"], summary["total_seconds"]) == (3, 7, 1.5)
     lines = example.table(summary)
-    assert any("video" in line and "10.0%" in line and "+30.0" in line for line in lines)
+    assert any("watch" in line and "10.0%" in line and "+30.0" in line for line in lines)
