@@ -23,7 +23,7 @@ DATA, TRAIN, HF, SUMMARY = FOLDER / "data", FOLDER / "train", FOLDER / "hf", FOL
 BEFORE, AFTER = FOLDER / "before.json", FOLDER / "after.json"
 
 MIXTURE = "read=0.2,count=0.2,add=0.2,point=0.2,watch=0.2"
-NUM_TRAIN, NUM_EVAL = 4000, 1000
+NUM_TRAIN, NUM_EVAL = 16000, 1000
 
 
 def main(overrides: Sequence[str]) -> None:
