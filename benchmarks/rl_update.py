@@ -2,8 +2,8 @@
 
     python benchmarks/rl_update.py [--ranks 2] [--answers 64] [--rounds 3]
 
-Answers with log-normal lengths (median 60 tokens, at most 700) and a picture each, on the tiny model of the quickstart, are
-trained on as
+Answers with log-normal lengths (median 60 tokens, at most 600) behind 0 to 12 pictures, geometrically distributed, on the tiny
+model of the quickstart, are trained on as
 
     repacked   packed into rows of 1,024 tokens and dealt by length and compute (`rl/repack.py`), as `glmv rl` does
     packed     packed by best fit, rows dealt in turn: equal numbers of rows, unequal work
@@ -38,23 +38,26 @@ from megatron_glmv.rl.update import update_policy
 from megatron_glmv.training.assemble import assemble, assemble_model
 
 LENGTH = 1024
-GRID = (2, 16)
+GRID = (4, 16)
 WAYS = ("repacked", "packed", "one a row")
 
 
 def draw_samples(number: int, image_token: int, patch_dim: int) -> list[PolicySample]:
-    """Long-tailed answers to prompts with one picture."""
+    """Long-tailed answers to prompts with a long-tailed number of pictures."""
     random = np.random.default_rng(0)
-    rows, columns = GRID
-    visual = np.full(rows * columns // 4, image_token)
+    size = GRID[0] * GRID[1]
     found = []
     for place in range(number):
-        answer = int(np.clip(random.lognormal(np.log(60), 1.1), 4, 700))
-        tokens = np.concatenate((random.integers(30, 300, 6), visual, random.integers(30, 300, 8 + answer)))
+        answer = int(np.clip(random.lognormal(np.log(60), 1.1), 4, 600))
+        pictures = min(int(random.geometric(0.3)) - 1, 12)
+        visual = np.full(size // 4, image_token)
+        parts = [part for _ in range(pictures) for part in (random.integers(30, 300, 2), visual)]
+        tokens = np.concatenate((*parts, random.integers(30, 300, 8 + answer)))
         trained = np.arange(len(tokens)) >= len(tokens) - answer
-        patches = torch.from_numpy(random.integers(0, 256, (rows * columns, patch_dim), dtype=np.uint8))
+        patches = torch.from_numpy(random.integers(0, 256, (size * pictures, patch_dim), dtype=np.uint8)) if pictures else None
         logprobs = np.where(trained, -3.0, 0.0).astype(np.float32)
-        found.append(PolicySample(str(place), tokens, trained, float(random.normal()), logprobs, (GRID,), patches, place))
+        frames = (GRID,) * pictures
+        found.append(PolicySample(str(place), tokens, trained, float(random.normal()), logprobs, frames, patches, place))
     return found
 
 
