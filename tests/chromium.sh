@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # Prints the path of a Chromium, installed through apt where there is none and that is possible; fails with the reason otherwise.
 set -euo pipefail
+# Test files run beside each other: one installs, the others wait for it.
+if command -v flock >/dev/null; then
+    exec 9>"${TMPDIR:-/tmp}/glmv-chromium-$(id -u).lock"
+    flock 9
+fi
 for name in chromium chromium-browser google-chrome; do
     if command -v "$name"; then exit 0; fi
 done
