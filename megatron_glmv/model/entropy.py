@@ -12,24 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+BLOCK = 1024
+"""Tokens whose distribution is whole in memory at a time where nothing is learned from it."""
+
 
 class _VocabParallelEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
-        shared = dist.get_world_size(group) > 1
-        top = logits.amax(-1, keepdim=True).float()
-        if shared:
-            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-        shifted = logits.float() - top
-        chances = shifted.exp()
-        sums = torch.stack((chances.sum(-1), (chances * shifted).sum(-1)))
-        if shared:
-            dist.all_reduce(sums, group=group)
-        total, weighted = sums
-        entropy = total.log() - weighted / total
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(chances.div_(total[..., None]), entropy)
-            ctx.dtype = logits.dtype
+        chances, total, entropy = _distribution(logits, group)
+        ctx.save_for_backward(chances.div_(total[..., None]), entropy)
+        ctx.dtype = logits.dtype
         return entropy
 
     @staticmethod
@@ -39,14 +31,33 @@ class _VocabParallelEntropy(torch.autograd.Function):
         return (-grads[0][..., None] * slope).to(ctx.dtype), None
 
 
-def vocab_parallel_entropy(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
+def vocab_parallel_entropy(logits: Tensor, group: dist.ProcessGroup, *, learn: bool) -> Tensor:
     """Entropy in nats.
 
     Args:
-        logits: [..., V / tensor ranks], left as they are.
+        logits: [S, 1, V / tensor ranks], left as they are.
         group: of the tensor ranks.
+        learn: with a gradient, for which the distribution of every token is kept; else in blocks, without one.
 
     Returns:
-        [...] float32, the same on every tensor rank.
+        [S, 1] float32, the same on every tensor rank.
     """
-    return _VocabParallelEntropy.apply(logits, group)
+    if learn:
+        return _VocabParallelEntropy.apply(logits, group)
+    with torch.no_grad():
+        return torch.cat([_distribution(block, group)[2] for block in logits.split(BLOCK)])
+
+
+def _distribution(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - top) of this rank's part of the vocabulary; their sum and the entropy over the whole of it."""
+    shared = dist.get_world_size(group) > 1
+    top = logits.amax(-1, keepdim=True).float()
+    if shared:
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    shifted = logits.float() - top
+    chances = shifted.exp()
+    sums = torch.stack((chances.sum(-1), (chances * shifted).sum(-1)))
+    if shared:
+        dist.all_reduce(sums, group=group)
+    total, weighted = sums
+    return chances, total, total.log() - weighted / total

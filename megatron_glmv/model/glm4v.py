@@ -6,7 +6,7 @@ Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vForConditiona
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -73,7 +73,12 @@ class Glm4vModel(MegatronModule):
         self.language_model.decoder.set_input_tensor(single)
 
     def forward(
-        self, inputs: ModelInputs, *, return_logits: bool = False, temperature: float = 1.0, entropy: bool = False
+        self,
+        inputs: ModelInputs,
+        *,
+        return_logits: bool = False,
+        temperature: float = 1.0,
+        entropy: Literal["none", "report", "learn"] = "none",
     ) -> Tensor:
         """Run this stage on one row.
 
@@ -81,7 +86,8 @@ class Glm4vModel(MegatronModule):
             inputs: the row, cut for this rank.
             return_logits: on the last stage, return logits instead of losses.
             temperature: that the logits are divided by.
-            entropy: on the last stage, return the entropy of every token's distribution beside its loss.
+            entropy: on the last stage, return the entropy of every token's distribution beside its loss: to report it, or with
+                a gradient, which keeps a whole distribution for every token.
 
         Returns:
             On the last stage [1, S] float32 losses of every token ([2, 1, S] losses and entropies in nats; or [S, 1, vocabulary
@@ -96,10 +102,11 @@ class Glm4vModel(MegatronModule):
             logits = logits / temperature
         if return_logits:
             return logits
-        if not entropy:
+        if entropy == "none":
             return self.language_model.token_losses(logits, inputs.labels)
         # First: the cross-entropy overwrites float32 logits.
-        entropies = vocab_parallel_entropy(logits, parallel_state.get_tensor_model_parallel_group()).t()
+        group = parallel_state.get_tensor_model_parallel_group()
+        entropies = vocab_parallel_entropy(logits, group, learn=entropy == "learn").t()
         return torch.stack((self.language_model.token_losses(logits, inputs.labels), entropies))
 
     def _embed(self, inputs: ModelInputs) -> Tensor:

@@ -118,11 +118,10 @@ def _policy_step(
         terms = row.terms.at(_own_tokens(row), losses.device)
         if is_old:
             terms = terms.with_old(-losses.detach())
-        entropy = entropy if algorithm.entropy_coefficient else entropy.detach()
         result = policy_loss(-losses, inputs.loss_weights, terms, algorithm, entropy)
         return result.losses.sum(), result.num_answers, result.stats
 
-    return chunk(inputs, temperature=temperature, entropy=True), loss
+    return chunk(inputs, temperature=temperature, entropy="learn" if algorithm.entropy_coefficient else "report"), loss
 
 
 def _own_tokens(row: PolicyRow) -> Tensor:
