@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from megatron_glmv.rl.rollout_files import rollout_file, write_rollouts
 from megatron_glmv.rl.types import Answer, Group, Prompt, Reward, Rollout, Task
 from tests.data.clips import clip
 from tests.data.pictures import draw, encode
+from tests.data_tools.browser import browse, find_chromium
 
-SCRIPT = Path(__file__).parents[1] / "chromium.sh"
 NASTY = [
     "</div></section></main></body><script>document.title = 'broken in'</script>",
     "<img src=x onerror=\"document.title = 'broken in'\">",
@@ -89,16 +88,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = subprocess.run([SCRIPT], capture_output=True, text=True, timeout=600, check=False)
-    if found.returncode:
-        pytest.skip(found.stderr.strip())
-    return found.stdout.split()[0]
-
-
-def browse(chromium: str, page: Path, *options: str) -> str:
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000",
-               f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return find_chromium()
 
 
 def write(run: Path, page: Path, **options: Any) -> dict[str, Any]:

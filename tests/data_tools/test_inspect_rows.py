@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from megatron_glmv.sequence.positions import multimodal_positions
 from tests.data.clips import clip
 from tests.data.pictures import draw, encode
 from tests.data.processor import write_processor
+from tests.data_tools.browser import browse, find_chromium
 
-SCRIPT = Path(__file__).parents[1] / "chromium.sh"
 QUESTION = "What is shown?\nBriefly, <b>please</b> & well."
 FINE = "<think>4 and 7</think><answer>It is <|begin_of_box|>11<|end_of_box|>.</answer>"
 
@@ -61,16 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = subprocess.run([SCRIPT], capture_output=True, text=True, timeout=600, check=False)
-    if found.returncode:
-        pytest.skip(found.stderr.strip())
-    return found.stdout.split()[0]
-
-
-def browse(chromium: str, page: Path, *options: str) -> str:
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000",
-               f"--user-data-dir={page.parent / 'profile'}", *options, page.as_uri()]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return find_chromium()
 
 
 def test_the_browser_shows_every_token_where_it_is(folder: Path, chromium: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_entropy_and_gradient_are_those_of_the_whole(found) -> None:
         torch.testing.assert_close(values.double(), entropy.detach(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(reported, values, rtol=0, atol=0)
     torch.testing.assert_close(
-        torch.cat([gradient for _, gradient, _ in found], dim=-1).double(), logits.grad, rtol=1e-5, atol=1e-6
+        torch.cat([gradient for _, gradient, _, _ in found], dim=-1).double(), logits.grad, rtol=1e-5, atol=1e-6
     )
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ import yaml
 
 from tests.data.processor import write_processor
 from tests.rl.prompt_files import write_prompts
+from tests.stages import start_stage
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 5, 2
 GAP = 1e-3
 """Nats of any token, in float32; measured 3e-5."""
@@ -63,22 +61,9 @@ def config_file(folder: Path, name: str, **changes: Any) -> Path:
     return path
 
 
-def start(file: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    """Start `glmv rl` in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_glmv", "rl", str(file), *overrides, "--ranks", str(ranks)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def finish(file: Path, ranks: int, *overrides: str) -> str:
     """Run `glmv rl` to its end; returns its output."""
-    process = start(file, ranks, *overrides)
+    process = start_stage("rl", file, ranks, *overrides)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
@@ -185,7 +170,7 @@ def test_a_reference_holds_the_start_and_moves_away(replicas: Path) -> None:
 
 def test_a_killed_run_continues_exactly(whole, folder: Path) -> None:
     file = config_file(folder, "killed")
-    process = start(file, 2)
+    process = start_stage("rl", file, 2)
     deadline = time.monotonic() + 200
     while max(records_of(folder / "killed"), default=0) <= EVERY and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

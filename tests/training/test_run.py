@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +34,8 @@ from tests.data.processor import write_processor
 from tests.data.rows import LENGTH, default_pictures, measure, write_rows
 from tests.model import oracle
 from tests.ranks import run_ranks
+from tests.stages import REPOSITORY, start_stage
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_loss.json")
 STEPS, EVERY = 20, 4
 
@@ -59,22 +58,9 @@ def config_file(folder: Path, name: str, data: Path, **changes: Any) -> Path:
     return path
 
 
-def start(file: Path, ranks: int, *overrides: str) -> subprocess.Popen[str]:
-    """Start `glmv train` in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_glmv", "train", str(file), *overrides, "--ranks", str(ranks)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def train(file: Path, ranks: int, *overrides: str) -> tuple[int, str]:
     """Run `glmv train` to its end: exit code and output."""
-    process = start(file, ranks, *overrides)
+    process = start_stage("train", file, ranks, *overrides)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -129,7 +115,7 @@ def test_loss_follows_the_golden_curve(whole: Path) -> None:
 
 def test_a_killed_run_resumes_bit_for_bit(whole: Path, tmp_path: Path, data: Path) -> None:
     file = config_file(tmp_path, "run", data / "good")
-    process = start(file, 2)
+    process = start_stage("train", file, 2)
     wait_for_step(tmp_path / "run", 2 * EVERY + 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
@@ -170,7 +156,7 @@ def test_an_undecodable_picture_is_named_counted_and_not_trained(tmp_path: Path,
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, data: Path) -> None:
-    process = start(config_file(tmp_path, "run", data / "good", steps=100000), 2)
+    process = start_stage("train", config_file(tmp_path, "run", data / "good", steps=100000), 2)
     wait_for_step(tmp_path / "run", 3, process)
     rank = json.loads((tmp_path / "run" / "ranks" / "rank_0001.json").read_bytes().rstrip(b"\0 \n"))
     os.kill(rank["process"], signal.SIGKILL)
