@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_glmv import __version__
+from megatron_glmv import __version__, cli_help
 from megatron_glmv.config.base import Config, ConfigError, InputError, load, load_tree, to_yaml, validate
 from megatron_glmv.config.rewards import RewardsConfig
 from megatron_glmv.config.rl_stage import RlConfig
@@ -25,59 +25,6 @@ from megatron_glmv.config.summary import summarize
 from megatron_glmv.config.training import StageConfig, TrainConfig
 
 OK, FAILED, BAD_USAGE = 0, 1, 2
-
-EXAMPLES = """\
-examples:
-  glmv check examples/pretrain.yaml                        what would run: tree, parameters, tokens, ranks
-  glmv check examples/sft.yaml parallel.tensor=4           the same with one value changed
-  glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
-  torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
-  glmv rl examples/rl.yaml --ranks 2                       answers, rewards, updates: two ranks on this machine
-  glmv status runs/sft                                     where a run stands, from its files
-  glmv import GLM-4.1V-9B-Base checkpoints/base            a Hugging Face folder as a checkpoint, for any layout
-  glmv export runs/sft runs/sft/hf                         a run's newest checkpoint as a Hugging Face folder
-  glmv verify runs/sft/hf runs/sft                         are the two one model?
-  glmv reward answers.jsonl --config rewards.yaml          what are these answers worth?
-
-Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration cannot be used.
-"""
-CHECK_HELP = """\
-Validates without importing torch, prints the resolved tree as YAML and a summary as comments: the output is again a valid
-configuration. Files are merged left to right, then a.b=value arguments; a value is read as YAML (null, true, [1, 2]).
-"""
-TRAIN_HELP = """\
-Under torchrun every rank runs this command. Outside torchrun, --ranks N starts N ranks on this machine; without --ranks
-the run has one rank. A run folder that holds a complete checkpoint is resumed from it.
-"""
-RL_HELP = """\
-Reinforcement learning with curriculum sampling: prompts are drawn by difficulty, an engine samples groups of answers, verifiers
-judge them, and the policy is updated in the layout that the file names. Ranks, launchers, checkpoints and resuming are those of
-glmv train. docs/rl.md describes prompts, engines, rewards and every part.
-"""
-STATUS_HELP = """\
-Reads files only: whether the run goes on, is finished, has failed or was killed, and where; step, speed and time left; loss or
-reward; held-out results; the newest checkpoint; samples that did not decode. Works for a run on any machine of a shared disk.
-"""
-IMPORT_HELP = """\
-Writes the weights of a Hugging Face folder as a checkpoint, a few rows at a time: no GPU, and a few GB of memory for any size.
-Training starts from it in any layout with checkpoint.start_from=CHECKPOINT. Its tokenizer and processor files are kept with it.
-"""
-EXPORT_HELP = """\
-Writes config.json, the weights as safetensors and the processor's files: a folder that transformers loads. The layout the
-checkpoint was trained in does not matter; no GPU is needed, and a few GB of memory for any size. A checkpoint with adapters
-(model.lora) is written with its adapters merged into the weights; with --adapter, the adapters alone are written, as a folder
-that peft loads on the Hugging Face model.
-"""
-VERIFY_HELP = """\
-Compares every tensor to the bit, then runs transformers on the folder and Megatron's layers on the checkpoint, in float32, on a
-fixed set of rows (text, one image, several images, a video, all packed in one row), a layer of each in memory at a time.
-import and export do the same before what they write gets its name, and leave the result in it as parity.json.
-"""
-REWARD_HELP = """\
-Each line of FILE.jsonl holds domain, question, answer (the reference) and response (the text of the model, with its special
-tokens), and optionally key, subcategory, options, media. The scores are written as the same lines with a key reward; a command
-that was interrupted continues where it stopped. docs/rl.md describes domains, settings and reasons.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="glmv",
         description="Train GLM-4.1V in tensor, pipeline, sequence, context and data parallel.",
-        epilog=EXAMPLES,
+        epilog=cli_help.EXAMPLES,
         formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"megatron-glmv {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     command = commands.add_parser(
-        "check", help="validate a configuration and show what it amounts to", description=CHECK_HELP, formatter_class=plain
+        "check", help="validate a configuration and show what it amounts to", description=cli_help.CHECK, formatter_class=plain
     )
     _add_configuration(command, required=False)
     command.add_argument(
@@ -122,12 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=_check)
 
-    command = commands.add_parser("train", help="train one stage", description=TRAIN_HELP, formatter_class=plain)
+    command = commands.add_parser("train", help="train one stage", description=cli_help.TRAIN, formatter_class=plain)
     _add_configuration(command, required=True)
     command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
     command.set_defaults(call=_train)
 
-    command = commands.add_parser("rl", help="train one stage by rewards", description=RL_HELP, formatter_class=plain)
+    command = commands.add_parser("rl", help="train one stage by rewards", description=cli_help.RL, formatter_class=plain)
     _add_configuration(command, required=False)
     command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
     command.add_argument(
@@ -136,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(call=_rl)
 
     command = commands.add_parser(
-        "status", help="what a run's folder says of it", description=STATUS_HELP, formatter_class=plain
+        "status", help="what a run's folder says of it", description=cli_help.STATUS, formatter_class=plain
     )
     command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
     command.set_defaults(call=_status)
@@ -152,7 +99,7 @@ def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParse
     folder: dict[str, Any] = {"type": Path, "metavar": "HF_FOLDER"}
 
     command = commands.add_parser(
-        "import", help="write a Hugging Face folder as a checkpoint", description=IMPORT_HELP, formatter_class=plain
+        "import", help="write a Hugging Face folder as a checkpoint", description=cli_help.IMPORT, formatter_class=plain
     )
     command.add_argument("folder", help="folder to read: config.json, safetensors, tokenizer", **folder)
     command.add_argument("checkpoint", help="folder to write; must not exist", **checkpoint)
@@ -160,7 +107,7 @@ def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParse
     command.set_defaults(call=_import)
 
     command = commands.add_parser(
-        "export", help="write a checkpoint as a Hugging Face folder", description=EXPORT_HELP, formatter_class=plain
+        "export", help="write a checkpoint as a Hugging Face folder", description=cli_help.EXPORT, formatter_class=plain
     )
     command.add_argument("checkpoint", help="a checkpoint, or a run folder: its newest", **checkpoint)
     command.add_argument("folder", help="folder to write; must not exist", **folder)
@@ -180,7 +127,7 @@ def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParse
     command = commands.add_parser(
         "verify",
         help="prove that a Hugging Face folder and a checkpoint are one model",
-        description=VERIFY_HELP,
+        description=cli_help.VERIFY,
         formatter_class=plain,
     )
     command.add_argument("folder", help="a released or exported folder", **folder)
@@ -193,7 +140,7 @@ def _add_reward(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command = commands.add_parser(
         "reward",
         help="score answers in a file, with a table of each domain",
-        description=REWARD_HELP,
+        description=cli_help.REWARD,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("file", type=Path, nargs="?", metavar="FILE.jsonl", help="answers, one a line")
