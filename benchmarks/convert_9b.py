@@ -28,8 +28,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from megatron_glmv.config.model import PRESETS, ModelShape
+from megatron_glmv.config.weight_map import hf_names
 from megatron_glmv.convert.hf_folder import write_weights
-from megatron_glmv.convert.mapping import hf_names
 
 COPIES = 3
 """Folders of that size that exist at once: source, checkpoint, export."""

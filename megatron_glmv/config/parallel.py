@@ -22,6 +22,10 @@ class ParallelConfig(Config):
     """Shard activations between layers over the tensor ranks too (Megatron's sequence parallelism); no effect at tensor 1."""
     pipeline: int = Field(default=1, ge=1)
     """Stages that the decoder's layers are divided into; the vision tower runs on the first."""
+    first_stage_layers: int | None = Field(default=None, ge=0)
+    """Decoder layers of the first stage, which also runs the vision tower; 0: the tower alone; null: as many as the others."""
+    last_stage_layers: int | None = Field(default=None, ge=1)
+    """Decoder layers of the last stage, which also computes logits and losses; null: as many as other stages."""
     virtual_pipeline: int = Field(default=1, ge=1)
     """Model chunks of each stage (interleaved schedule); 1 is the plain 1F1B schedule."""
     context: int = Field(default=1, ge=1)
@@ -41,6 +45,14 @@ class ParallelConfig(Config):
             raise ValueError("expert: expert parallelism is not available (the dense GLM-4.1V has no experts); set it to 1")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError("virtual_pipeline: needs pipeline > 1")
+        for key, layers in (("first_stage_layers", self.first_stage_layers), ("last_stage_layers", self.last_stage_layers)):
+            if layers is not None and self.pipeline == 1:
+                raise ValueError(f"{key}: needs pipeline > 1")
+        if self.first_stage_layers == 0 and self.virtual_pipeline > 1:
+            raise ValueError(
+                "first_stage_layers: 0 leaves the first stage one chunk, the vision tower's; set virtual_pipeline to 1, or "
+                "first_stage_layers to a multiple of it"
+            )
         return self
 
     @property
@@ -83,12 +95,70 @@ class ParallelConfig(Config):
             raise ConfigError(
                 f"parallel.tensor: {text.num_kv_heads} key/value heads and {self.tensor} tensor ranks do not divide each other"
             )
-        chunks = self.pipeline * self.virtual_pipeline
-        if text.num_layers % chunks:
+        self.stage_layers(text.num_layers)
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Decoder layers of each pipeline stage, over all its chunks.
+
+        Args:
+            num_layers: of the whole decoder.
+
+        Raises:
+            ConfigError: the layers that no key gives to a stage do not divide over the stages that are left, or a stage's
+                layers do not divide over its chunks.
+        """
+        ends = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        fixed = {stage: layers for stage, layers in ends.items() if layers is not None}
+        left, stages = num_layers - sum(fixed.values()), self.pipeline - len(fixed)
+        if not fixed and num_layers % (self.pipeline * self.virtual_pipeline):
             raise ConfigError(
-                f"parallel.pipeline: {text.num_layers} decoder layers cannot be divided over pipeline {self.pipeline} x "
-                f"virtual_pipeline {self.virtual_pipeline} = {chunks} chunks; use a product among {_divisors(text.num_layers)}"
+                f"parallel.pipeline: {num_layers} decoder layers cannot be divided over pipeline {self.pipeline} x "
+                f"virtual_pipeline {self.virtual_pipeline} = {self.pipeline * self.virtual_pipeline} chunks; use a product "
+                f"among {_divisors(num_layers)}, or an uneven split: {self._splits(num_layers)}"
             )
+        key = "first_stage_layers" if self.first_stage_layers is not None else "last_stage_layers"
+        given = " and ".join(f"{layers} on stage {stage}" for stage, layers in fixed.items())
+        if left < 0 or (left == 0) != (stages == 0) or (stages and left % stages):
+            raise ConfigError(
+                f"parallel.{key}: with {given}, {max(left, 0)} of {num_layers} decoder layers are left for {stages} "
+                f"stage{'s' if stages != 1 else ''} and do not divide evenly; possible: {self._splits(num_layers)}"
+            )
+        layers = tuple(fixed.get(stage, left // stages if stages else 0) for stage in range(self.pipeline))
+        if uneven := next((count for count in layers if count % self.virtual_pipeline), 0):
+            raise ConfigError(
+                f"parallel.{key}: a stage of {uneven} decoder layers cannot be divided into virtual_pipeline "
+                f"{self.virtual_pipeline} equal chunks, as Megatron needs; possible: {self._splits(num_layers)}"
+            )
+        return layers
+
+    def chunk_layers(self, num_layers: int, stage: int, chunk: int = 0) -> range:
+        """Numbers, from 0, of the decoder layers that one chunk of one pipeline stage holds.
+
+        Args:
+            num_layers: of the whole decoder.
+            stage: 0 .. pipeline - 1.
+            chunk: 0 .. virtual_pipeline - 1; the layers go once through all stages for each chunk.
+
+        Raises:
+            ConfigError: as `stage_layers`.
+        """
+        sizes = [layers // self.virtual_pipeline for layers in self.stage_layers(num_layers)]
+        start = chunk * sum(sizes) + sum(sizes[:stage])
+        return range(start, start + sizes[stage])
+
+    def _splits(self, num_layers: int) -> str:
+        """Values of first_stage_layers that leave an equal number of layers, divisible into chunks, to every other stage."""
+        unit, others = self.virtual_pipeline, self.pipeline - 1
+        last = self.last_stage_layers
+        room, middle = num_layers - (last or 0), others - (last is not None)
+        found = [
+            first
+            for first in range(0 if unit == 1 else unit, room + 1, unit)
+            if (room > first and (room - first) % (middle * unit) == 0 if middle else room == first)
+        ]
+        return (
+            "first_stage_layers " + (", ".join(map(str, found)) or "none") + (f" with last_stage_layers {last}" if last else "")
+        )
 
 
 FP8_MULTIPLE = 16

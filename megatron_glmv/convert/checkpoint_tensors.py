@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.convert.mapping import MappingError, check_names, entry, megatron_names
+from megatron_glmv.config.weight_map import MappingError, check_names, entry, megatron_names
 from megatron_glmv.model.lora import ADAPTER, has_adapter
 
 _LAYER = re.compile(r"(?<=\.layers)\.(\d+)(?=\.)")

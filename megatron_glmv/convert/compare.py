@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.config.weight_map import RankPart, check_names, entries, rank_segments
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_folder import HfWeights
-from megatron_glmv.convert.mapping import RankPart, check_names, entries, rank_segments
 from megatron_glmv.convert.probe import DOCUMENTS, Probe, make_probe
 from megatron_glmv.convert.streaming import RowEmbedding, RowHead, streamed, without_memory
 from megatron_glmv.model.glm4v import build_model

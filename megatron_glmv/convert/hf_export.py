@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.weight_map import entries, hf_names, split_of
 from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.hf_folder import write_weights
 from megatron_glmv.convert.lora import open_weights
-from megatron_glmv.convert.mapping import entries, hf_names, join_ranks, split_of, to_hf
+from megatron_glmv.convert.mapping import join_ranks, to_hf
 from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.convert.parameters import Owner, adapters_of_weights, local_parameters, pipeline_owners
 from megatron_glmv.convert.processor import check_processor, copy_processor

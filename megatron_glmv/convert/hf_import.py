@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.weight_map import Entry, MappingError, check_hf_shapes, entry, part_of_rank, rank_segments
 from megatron_glmv.convert.hf_folder import HfWeights
-from megatron_glmv.convert.mapping import Entry, MappingError, check_hf_shapes, entry, part_of_rank, rank_segments
 from megatron_glmv.convert.parameters import local_parameters, pipeline_owners
 
 

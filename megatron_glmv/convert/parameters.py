@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.convert.mapping import check_names, megatron_names
+from megatron_glmv.config.weight_map import check_names, megatron_names
 from megatron_glmv.model.lora import ADAPTER, Adapter, has_adapter
 from megatron_glmv.model.names import full_module_names
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.weight_map import MappingError, entry, hf_names
 from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
 from megatron_glmv.convert.hf_folder import SINGLE_FILE, HfWeights, write_weights
 from megatron_glmv.convert.lora import CheckpointAdapters, checkpoint_lora, hf_adapters
-from megatron_glmv.convert.mapping import MappingError, entry, hf_names
 from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.model.lora import ADAPTER
 

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.weight_map import Entry, entries
 from megatron_glmv.convert.checkpoint_tensors import split_layer
-from megatron_glmv.convert.mapping import Entry, entries
 
 CHUNK_BYTES = 64_000_000
 """Largest piece of one tensor: what is held at once when it is written, and what a rank reads that needs any row of it."""

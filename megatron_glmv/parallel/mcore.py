@@ -69,6 +69,7 @@ def text_config(
         add_qkv_bias=True,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        **_split(parallel, text.num_layers),
         context_parallel_size=parallel.context,
         pipeline_dtype=DTYPES[precision.dtype],
         batch_p2p_comm=not overlaps_sends,
@@ -121,6 +122,17 @@ def merger_config(shape: ModelShape, parallel: ParallelConfig, precision: Precis
         context_parallel_size=1,
         **_common(parallel, precision, precision.fp8_vision),
     )
+
+
+def _split(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
+    """How the decoder's layers are divided over the stages; Megatron takes an empty first one in a written layout only."""
+    if parallel.first_stage_layers == 0:
+        stages = [["decoder"] * layers for layers in parallel.stage_layers(num_layers)]
+        return {"pipeline_model_parallel_layout": [["embedding"], *stages[1:-1], [*stages[-1], "loss"]]}
+    return {
+        "num_layers_in_first_pipeline_stage": parallel.first_stage_layers,
+        "num_layers_in_last_pipeline_stage": parallel.last_stage_layers,
+    }
 
 
 def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape, Part
+from megatron_glmv.plan.flops import training_flops
 from megatron_glmv.rl.advantage import GroupAdvantages
 from megatron_glmv.rl.loss import PolicyTerms
 from megatron_glmv.rl.repack import Plan, skew
 from megatron_glmv.rl.types import Group, Prompt, Rollout
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
-from megatron_glmv.training.flops import training_flops
 
 LENGTH_SHARE = 0.1
 """Part of the work on an answer's tokens that enters its load, though a row's padding would have cost as much: it evens lengths

@@ -20,8 +20,8 @@ from megatron_glmv.config.base import validate
 from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.config.grade import GradeConfig
 from megatron_glmv.config.model import ModelConfig, ModelShape
+from megatron_glmv.config.weight_map import check_hf_shapes
 from megatron_glmv.convert.hf_folder import HfWeights
-from megatron_glmv.convert.mapping import check_hf_shapes
 from megatron_glmv.data.chat import Chat, ProcessorError
 from megatron_glmv.rl.engines.embedded import EmbeddedEngine
 from megatron_glmv.rl.engines.engine import Engine, Request, Sampling

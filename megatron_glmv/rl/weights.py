@@ -10,8 +10,8 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.weight_map import hf_names
 from megatron_glmv.convert.hf_export import gather_hf_tensors
-from megatron_glmv.convert.mapping import hf_names
 from megatron_glmv.parallel import platform
 from megatron_glmv.rl.engines.engine import Engine
 from megatron_glmv.training.optimizer import gather_weights

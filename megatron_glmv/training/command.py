@@ -10,9 +10,9 @@ import torch.distributed as dist
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import platform
+from megatron_glmv.plan.devices import device_peak
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
-from megatron_glmv.training.flops import device_peak
 from megatron_glmv.training.job import run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss

@@ -20,10 +20,10 @@ from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.model.inputs import ModelInputs, make_inputs
 from megatron_glmv.parallel import groups, platform
+from megatron_glmv.plan.flops import Flops, row_flops
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
 from megatron_glmv.training.assemble import Assembly
-from megatron_glmv.training.flops import Flops, row_flops
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Tensor, Any]]

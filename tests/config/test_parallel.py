@@ -28,6 +28,23 @@ REFUSED = [
     ({"pipeline": 3}, "parallel.pipeline", "40 decoder layers"),
     ({"pipeline": 4, "virtual_pipeline": 3}, "parallel.pipeline", "40 decoder layers"),
     ({"virtual_pipeline": 2}, "parallel.virtual_pipeline", "needs pipeline > 1"),
+    ({"first_stage_layers": 2}, "parallel.first_stage_layers", "needs pipeline > 1"),
+    ({"last_stage_layers": 2}, "parallel.last_stage_layers", "needs pipeline > 1"),
+    ({"pipeline": 4, "first_stage_layers": 2}, "parallel.first_stage_layers", "possible: first_stage_layers 1, 4, 7, 10"),
+    ({"pipeline": 2, "first_stage_layers": 41}, "parallel.first_stage_layers", "0 of 40 decoder layers are left"),
+    ({"pipeline": 2, "first_stage_layers": 40}, "parallel.first_stage_layers", "0 of 40 decoder layers are left"),
+    ({"pipeline": 2, "first_stage_layers": 10, "last_stage_layers": 20}, "parallel.first_stage_layers", "for 0 stages"),
+    (
+        {"pipeline": 4, "virtual_pipeline": 2, "first_stage_layers": 1},
+        "parallel.first_stage_layers",
+        "possible: first_stage_layers 4, 10, 16",
+    ),
+    (
+        {"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 0},
+        "parallel.first_stage_layers",
+        "set virtual_pipeline to 1",
+    ),
+    ({"pipeline": 2, "last_stage_layers": 0}, "parallel.last_stage_layers", "greater than or equal to 1"),
     ({"expert": 2}, "parallel.expert", "set it to 1"),
     ({"tensor": 0}, "parallel.tensor", "greater than or equal to 1"),
     ({"context": 4, "length": 8190}, "data.sequence_length", "use 8184"),
@@ -47,7 +64,15 @@ def test_impossible_layout_is_one_line_with_the_key(changes: dict[str, Any], key
 
 
 @pytest.mark.parametrize(
-    "layout", [{"tensor": 2}, {"tensor": 4, "pipeline": 8}, {"pipeline": 4, "virtual_pipeline": 5}, {"context": 4}]
+    "layout",
+    [
+        {"tensor": 2},
+        {"tensor": 4, "pipeline": 8},
+        {"pipeline": 4, "virtual_pipeline": 5},
+        {"context": 4},
+        {"pipeline": 3, "first_stage_layers": 0},
+        {"pipeline": 3, "first_stage_layers": 8, "virtual_pipeline": 4},
+    ],
 )
 def test_possible_layouts_pass(layout: dict[str, int]):
     validate(TrainConfig, tree(**layout)).check()
@@ -66,6 +91,21 @@ def test_ranks_that_do_not_fit(layout: dict[str, int], rows: int, ranks: int, pa
     config.check()
     with pytest.raises(ConfigError, match=f"^{part}"):
         config.data_parallel(ranks)
+
+
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        ({}, (40,)),
+        ({"pipeline": 4}, (10, 10, 10, 10)),
+        ({"pipeline": 4, "first_stage_layers": 1}, (1, 13, 13, 13)),
+        ({"pipeline": 4, "first_stage_layers": 0, "last_stage_layers": 12}, (0, 14, 14, 12)),
+        ({"pipeline": 4, "last_stage_layers": 7, "virtual_pipeline": 1}, (11, 11, 11, 7)),
+        ({"pipeline": 2, "first_stage_layers": 12, "last_stage_layers": 28}, (12, 28)),
+    ],
+)
+def test_layers_of_each_stage(layout: dict[str, int], layers: tuple[int, ...]):
+    assert validate(TrainConfig, tree(**layout)).parallel.stage_layers(40) == layers
 
 
 def test_data_parallel_size_is_what_remains_of_the_ranks():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
-from megatron_glmv.convert.mapping import MappingError
+from megatron_glmv.config.weight_map import MappingError
 from tests.model import oracle
 from tests.ranks import run_ranks
 
@@ -48,6 +48,8 @@ def _difference(weights, chunks, read=None):
 
 
 def _import_and_export_on_four_ranks(rank, folder):
+    from megatron.core import parallel_state
+
     from megatron_glmv.convert.hf_import import from_state_dict, load_hf_weights
     from megatron_glmv.convert.parameters import local_parameters
 
@@ -63,6 +65,10 @@ def _import_and_export_on_four_ranks(rank, folder):
     found["from_folder"] = _difference(weights, chunks)
     found["halved"] = _difference({name: tensor / 2 for name, tensor in weights.items()}, chunks, lambda p: p / 2)
     found["layers"] = sorted(name for name in local_parameters(chunks) if name.endswith("post_mlp_layernorm.weight"))
+    parallel_state.destroy_model_parallel()
+    uneven = _build(ParallelConfig(tensor=2, pipeline=2, first_stage_layers=0))
+    load_hf_weights(uneven, folder, SHAPE)
+    found["uneven"] = _difference(weights, uneven)
     return found
 
 
@@ -76,6 +82,7 @@ def four_ranks(tmp_path_factory):
 def test_round_trip_is_bit_equal_in_a_layout_of_four_ranks(four_ranks):
     assert four_ranks[0]["from_state_dict"] == []
     assert four_ranks[0]["from_folder"] == []
+    assert four_ranks[0]["uneven"] == []
     assert [ranks["from_folder"] for ranks in four_ranks[1:]] == [None] * 3
 
 
@@ -174,6 +181,6 @@ def test_almost_right_weights_show_in_the_logits(one_rank, name):
 
 def test_missing_and_unknown_tensors_are_named(one_rank):
     assert one_rank["no_bias"] == "the state dict: missing model.language_model.layers.1.self_attn.k_proj.bias"
-    assert one_rank["extra"] == "the state dict: no rule of convert/mapping.py covers model.visual.extra"
+    assert one_rank["extra"] == "the state dict: no rule of config/weight_map.py covers model.visual.extra"
     assert "model.visual.post_layernorm.weight has shape [95]" in one_rank["wrong_shape"]
-    assert one_rank["extra_parameter"].endswith("no rule of convert/mapping.py covers language_model.output_layer.scale")
+    assert one_rank["extra_parameter"].endswith("no rule of config/weight_map.py covers language_model.output_layer.scale")

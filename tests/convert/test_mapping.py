@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 
+from megatron_glmv.config import weight_map
 from megatron_glmv.config.model import PRESETS, ModelConfig, ModelShape
+from megatron_glmv.config.weight_map import MappingError
 from megatron_glmv.convert import mapping
 from megatron_glmv.convert.hf_config import config_json
-from megatron_glmv.convert.mapping import MappingError
 from tests.model import oracle
 
 PRESET_NAMES = ("digits", "glm-4.1v-9b", "glm-4.6v-flash")
@@ -40,7 +41,7 @@ SHAPES = {"digits": oracle.model_shape("digits"), "grouped": oracle.model_shape(
 
 def _random_tensors(shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(size, generator=generator).to(dtype) for name, size in mapping.hf_names(shape).items()}
+    return {name: torch.randn(size, generator=generator).to(dtype) for name, size in weight_map.hf_names(shape).items()}
 
 
 @pytest.fixture(params=SHAPES)
@@ -54,13 +55,13 @@ def test_names_and_shapes_are_those_of_transformers(preset, tensors):
     with torch.device("meta"):
         model = Glm4vForConditionalGeneration(Glm4vConfig(**model_config.hf_config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert mapping.hf_names(model_config.shape) == expected
+    assert weight_map.hf_names(model_config.shape) == expected
     assert len(expected) == tensors
 
 
 def test_nine_billion_parameters():
     shape = ModelConfig(preset="glm-4.1v-9b").shape
-    assert sum(torch.Size(size).numel() for size in mapping.megatron_names(shape).values()) == 10_292_777_472
+    assert sum(torch.Size(size).numel() for size in weight_map.megatron_names(shape).values()) == 10_292_777_472
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)
@@ -73,7 +74,7 @@ def test_configuration_there_and_back(preset):
 def test_round_trip_is_bit_equal(shape, dtype):
     tensors = _random_tensors(shape, dtype)
     returned = {}
-    for name, size in mapping.megatron_names(shape).items():
+    for name, size in weight_map.megatron_names(shape).items():
         full = mapping.to_megatron(name, tensors, shape)
         assert tuple(full.shape) == size
         returned |= mapping.to_hf(name, full, shape)
@@ -86,11 +87,11 @@ def test_round_trip_is_bit_equal(shape, dtype):
 def test_slices_joined_are_the_tensor(tensor_size):
     for shape in (SHAPES["digits"], SHAPES["9b"]):
         tensors = _random_tensors(shape)
-        for name in mapping.megatron_names(shape):
+        for name in weight_map.megatron_names(shape):
             full = mapping.to_megatron(name, tensors, shape)
             shards = [mapping.slice_for_rank(name, full, rank, tensor_size) for rank in range(tensor_size)]
             assert torch.equal(mapping.join_ranks(name, shards), full), name
-            shrinks = mapping.split_of(name) != "whole"
+            shrinks = weight_map.split_of(name) != "whole"
             assert shards[0].numel() * (tensor_size if shrinks else 1) == full.numel()
 
 
@@ -99,11 +100,11 @@ def test_segments_of_a_rank_are_its_slice(tensor_size):
     """What import reads of the files is what slicing the whole tensor gives, also where 4 ranks share 2 key/value heads."""
     for shape in (SHAPES["digits"], SHAPES["9b"]):
         tensors = _random_tensors(shape)
-        for name, found in mapping.entries(shape).items():
+        for name, found in weight_map.entries(shape).items():
             sources = [tensors[source].reshape(len(tensors[source]), -1) for source in found.hf_names]
             for rank in range(tensor_size):
-                part = mapping.part_of_rank(name, found.shape, rank, tensor_size)
-                rows = torch.cat([sources[s.source][s.start : s.stop] for s in mapping.rank_segments(found, part)])
+                part = weight_map.part_of_rank(name, found.shape, rank, tensor_size)
+                rows = torch.cat([sources[s.source][s.start : s.stop] for s in weight_map.rank_segments(found, part)])
                 columns = slice(*part.columns) if part.columns else slice(None)
                 expected = mapping.slice_for_rank(name, mapping.to_megatron(name, tensors, shape), rank, tensor_size)
                 assert torch.equal(rows[:, columns].reshape(expected.shape), expected), name
@@ -142,9 +143,9 @@ def test_rank_of_a_gated_product_holds_gate_and_up():
 
 
 def test_every_rule_is_used_and_every_row_once(shape):
-    used = {name.replace(f".layers.{n}.", ".layers.{n}.") for name in mapping.entries(shape) for n in range(9)}
-    assert {rule.megatron for rule in mapping.RULES} <= used
-    for name, found in mapping.entries(shape).items():
+    used = {name.replace(f".layers.{n}.", ".layers.{n}.") for name in weight_map.entries(shape) for n in range(9)}
+    assert {rule.megatron for rule in weight_map.RULES} <= used
+    for name, found in weight_map.entries(shape).items():
         rows = [(s.source, row) for s in found.segments for row in range(s.start, s.stop)]
         expected = [(source, row) for source, size in enumerate(found.hf_shapes) for row in range(size[0])]
         assert sorted(rows) == expected, name
@@ -152,11 +153,11 @@ def test_every_rule_is_used_and_every_row_once(shape):
 
 def test_unknown_names_are_errors():
     shape = SHAPES["digits"]
-    for function in (mapping.split_of, lambda name: mapping.entry(name, shape)):
+    for function in (weight_map.split_of, lambda name: weight_map.entry(name, shape)):
         with pytest.raises(MappingError, match=r"no rule .* covers the Megatron parameter language_model\.decoder\.bias"):
             function("language_model.decoder.bias")
     with pytest.raises(MappingError, match=r"layers\.4\."):
-        mapping.entry("language_model.decoder.layers.4.post_mlp_layernorm.weight", shape)
+        weight_map.entry("language_model.decoder.layers.4.post_mlp_layernorm.weight", shape)
 
 
 def test_missing_and_misshapen_tensors_are_errors():
@@ -173,11 +174,11 @@ def test_missing_and_misshapen_tensors_are_errors():
 
 
 def test_name_sets_are_compared_both_ways():
-    mapping.check_names(["a", "b"], ["b", "a"], "here")
+    weight_map.check_names(["a", "b"], ["b", "a"], "here")
     with pytest.raises(MappingError, match=r"here: no rule .* covers c, d, e and 1 more"):
-        mapping.check_names([*"abcdef"], [*"ab"], "here")
+        weight_map.check_names([*"abcdef"], [*"ab"], "here")
     with pytest.raises(MappingError, match="here: missing b"):
-        mapping.check_names(["a"], ["a", "b"], "here")
+        weight_map.check_names(["a"], ["a", "b"], "here")
 
 
 def test_indivisible_tensors_are_errors():

@@ -22,10 +22,10 @@ from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.linears import adapted_layers, count_adapters, linear_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelConfig
+from megatron_glmv.config.weight_map import MappingError, hf_names
 from megatron_glmv.convert import lora
 from megatron_glmv.convert.checkpoint_folder import find
 from megatron_glmv.convert.command import run_adapter, run_export
-from megatron_glmv.convert.mapping import MappingError, hf_names
 from megatron_glmv.convert.peft_export import export_adapters, target_modules
 from tests.data.processor import write_processor
 from tests.model import adapters, oracle

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_glmv.cli import main
+from megatron_glmv.config import weight_map
 from megatron_glmv.config.base import InputError, validate
 from megatron_glmv.config.training import TrainConfig
-from megatron_glmv.convert import compare, hf_export, mapping
+from megatron_glmv.convert import compare, hf_export
 from megatron_glmv.convert.command import run_export, run_import, run_verify
 from megatron_glmv.convert.hf_folder import HfWeights
 from tests.convert.hf_folders import write_hf_folder
@@ -151,12 +152,12 @@ def table(monkeypatch: pytest.MonkeyPatch):
     """Replace lines of the weight map, in both of its readings."""
 
     def replace(change) -> None:
-        monkeypatch.setattr(mapping, "RULES", tuple(change(rule) for rule in mapping.RULES))
-        mapping.entries.cache_clear()
+        monkeypatch.setattr(weight_map, "RULES", tuple(change(rule) for rule in weight_map.RULES))
+        weight_map.entries.cache_clear()
 
     yield replace
     monkeypatch.undo()
-    mapping.entries.cache_clear()
+    weight_map.entries.cache_clear()
 
 
 def test_gate_and_up_swapped_in_the_table(folder: Path, tmp_path: Path, table) -> None:
@@ -179,7 +180,7 @@ def test_gate_and_up_swapped_in_the_table(folder: Path, tmp_path: Path, table) -
 
 def test_query_heads_in_another_order_in_the_table(folder: Path, tmp_path: Path, table, monkeypatch) -> None:
     """Queries of the two key/value heads exchanged."""
-    right = mapping._segments
+    right = weight_map._segments
 
     def wrong(order, rows, shape):
         segments = right(order, rows, shape)
@@ -188,7 +189,7 @@ def test_query_heads_in_another_order_in_the_table(folder: Path, tmp_path: Path,
         queries = iter([s for s in segments if s.source == 0][::-1])
         return tuple(next(queries) if s.source == 0 else s for s in segments)
 
-    monkeypatch.setattr(mapping, "_segments", wrong)
+    monkeypatch.setattr(weight_map, "_segments", wrong)
     table(lambda rule: rule)
     checkpoint = tmp_path / "checkpoint"
     _fails(lambda: run_import(folder / "hf_fp32", checkpoint), checkpoint, "every tensor is equal", "decoder layer 0")

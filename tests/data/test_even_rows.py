@@ -9,7 +9,7 @@ from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.data.cost import cost_model
 from megatron_glmv.data.even_rows import build_rows, exchange, step_cost
 from megatron_glmv.data.packing import pack_lengths
-from megatron_glmv.training.flops import forward_flops
+from megatron_glmv.plan.flops import forward_flops
 
 SHAPE = ModelConfig(preset="glm-4.1v-9b").shape
 
@@ -26,7 +26,7 @@ def draw(count: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def test_costs_are_those_that_training_counts() -> None:
-    """The same count as `training/flops.py`, in units of one token's matrices."""
+    """The same count as `plan/flops.py`, in units of one token's matrices."""
     model = cost_model(SHAPE)
     alone = forward_flops(SHAPE, [1], [])
     token = alone.text_linear + alone.head

@@ -30,7 +30,8 @@ from megatron_glmv.sequence.packed import Document
 
 VARIANTS = ("digits", "grouped", "flash")
 """digits: the preset. grouped: other head grouping, layer counts, query width, table, rotary base and sections. flash: the
-class of GLM-4.6V, the rotary base of GLM-4.6V-Flash and, as there, other media tokens and fewer stops than GLM-4.1V."""
+class of GLM-4.6V, the rotary base of GLM-4.6V-Flash and, as there, other media tokens and fewer stops than GLM-4.1V. Beside
+them, deep is digits with 8 decoder layers, enough for every kind of pipeline."""
 CONFIGS = {"glm4v": Glm4vConfig, "glm46v": Glm46VConfig}
 
 SQRT_EPSILON = math.sqrt(1e-5)
@@ -130,8 +131,10 @@ def hf_config(variant: str) -> dict[str, Any]:
         tree.update(_FLASH)
         tree["text_config"]["eos_token_id"] = [1, 8, 10]
         tree["text_config"]["rope_parameters"]["rope_theta"] = 500000.0
+    elif variant == "deep":
+        tree["text_config"]["num_hidden_layers"] = 8
     elif variant != "digits":
-        raise ValueError(f"variant {variant!r}; there are {', '.join(VARIANTS)}")
+        raise ValueError(f"variant {variant!r}; there are {', '.join(VARIANTS)}, deep")
     return tree
 
 

@@ -1,4 +1,4 @@
-"""GLM's own checkpoints across layouts: both towers, a rate per part, context parallelism, and parts that are frozen.
+"""GLM's own checkpoints across layouts: both towers, a rate per part, context parallelism, uneven stages, and frozen parts.
 
 The gate is the layouts' own (tests/model/test_layouts.py): only the order of fp32 sums differs, here over three updates.
 """
@@ -15,10 +15,11 @@ from torch import Tensor
 from tests.model import oracle
 from tests.ranks import run_ranks
 
-SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2}
+SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2, "first_stage_layers": 1}
 OTHERS: dict[str, dict[str, Any]] = {
     "tensor 2 x context 2": {"tensor": 2, "context": 2},
     "pipeline 2 x virtual 2 x data 2": {"pipeline": 2, "virtual_pipeline": 2},
+    "pipeline 2, the vision tower alone on the first, data 2": {"pipeline": 2, "first_stage_layers": 0},
 }
 KINDS: dict[str, dict[str, Any]] = {
     "sharded optimizer": {"distributed_optimizer": True},

@@ -109,10 +109,11 @@ def live_and_merged(config: Any) -> tuple[int, float, int] | None:
     """
     import torch
 
+    from megatron_glmv.config.weight_map import entries
     from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
     from megatron_glmv.convert.hf_export import gather_hf_tensors
     from megatron_glmv.convert.lora import open_weights
-    from megatron_glmv.convert.mapping import entries, to_hf
+    from megatron_glmv.convert.mapping import to_hf
     from megatron_glmv.training.assemble import assemble, assemble_model
     from megatron_glmv.training.checkpoint import Checkpointer
 

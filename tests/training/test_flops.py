@@ -15,8 +15,9 @@ from transformers import Glm4vConfig, Glm4vForConditionalGeneration
 from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelConfig, Part
+from megatron_glmv.plan.devices import device_peak
+from megatron_glmv.plan.flops import Flops, forward_flops, row_flops, training_flops
 from megatron_glmv.sequence.packed import Document, pack
-from megatron_glmv.training.flops import Flops, device_peak, forward_flops, row_flops, training_flops
 
 SHAPE = ModelConfig(preset="digits").shape
 FRAMES = [(4, 6), (2, 8)]

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.weight_map import entries
 from megatron_glmv.convert.lora import open_weights
-from megatron_glmv.convert.mapping import entries
 from megatron_glmv.training.state import TrainState
 from tests.model import oracle
 from tests.ranks import run_ranks

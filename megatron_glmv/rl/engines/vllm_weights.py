@@ -26,8 +26,8 @@ from torch import Tensor
 
 from megatron_glmv.config.engines import DiskWeights
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.config.weight_map import MappingError, hf_names
 from megatron_glmv.convert.hf_folder import write_weights
-from megatron_glmv.convert.mapping import MappingError, hf_names
 from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.rl.engines.engine import EngineError
 from megatron_glmv.rl.engines.vllm_servers import Servers

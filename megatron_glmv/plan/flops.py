@@ -1,4 +1,4 @@
-"""Floating-point operations of GLM-4.1V by part, from document lengths and frame sizes, and what devices can do.
+"""Floating-point operations of GLM-4.1V by part, from document lengths and frame sizes.
 
 An MFU is as good as this count. Formulas made for other models miss three things here: the vision tower's MLP is gated and
 as wide as `out_hidden_size` (the large `intermediate_size` belongs to the merger, which runs on a quarter of the tokens), its
@@ -7,20 +7,21 @@ attention is quadratic in one frame and not in the row, and the decoder's attent
 Counted: matrix products and attention, a multiply-add as two, of the tokens and patches that carry content. Not counted:
 padding, recomputed activations, norms, rotary, softmax, the position table.
 
-Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py; NVIDIA's data sheets for A100, H100 and H200.
+Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 from megatron_glmv.config.linears import adapted_layers, linear_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape, Part, TextShape, VisionShape
-from megatron_glmv.sequence.packed import PackedSequence
+
+if TYPE_CHECKING:
+    from megatron_glmv.sequence.packed import PackedSequence
 
 
 @dataclass(frozen=True)
@@ -191,27 +192,3 @@ def _text(text: TextShape, document_lengths: Sequence[int]) -> tuple[float, floa
     layer = width * (query + 2 * key_value) + query * width + 3 * width * text.ffn_hidden_size
     pairs = sum(length * (length + 1) // 2 for length in document_lengths)
     return 2 * tokens * layer * text.num_layers, 4 * query * pairs * text.num_layers, 2 * tokens * width * text.vocab_size
-
-
-class Peak(NamedTuple):
-    """Dense peak of one device in operations a second; None: the device has no such units."""
-
-    fp32: float
-    bf16: float
-    fp8: float | None
-
-
-# Matched against the whole product name: the PCIe and NVL cards of the same family are slower, and not listed.
-PEAKS = {
-    r"NVIDIA H100 80GB HBM3": Peak(67e12, 989.4e12, 1978.9e12),
-    r"NVIDIA H200": Peak(67e12, 989.4e12, 1978.9e12),
-    r"NVIDIA A100.*": Peak(19.5e12, 312e12, None),
-}
-
-
-def device_peak(device_name: str, number_format: Literal["fp32", "bf16", "fp8"]) -> float | None:
-    """Dense peak in operations a second of a device by its product name; None where it is not known."""
-    for pattern, peak in PEAKS.items():
-        if re.fullmatch(pattern, device_name):
-            return getattr(peak, number_format)
-    return None

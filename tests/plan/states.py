@@ -1,0 +1,55 @@
+"""What ranks do in the planner's tests: build the real model, DDP buffers and optimizer of many layouts, and weigh them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_glmv.config.training import TrainConfig
+
+
+def weigh_all(rank: int, trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each configuration, this rank's place in the layout, its parameters, and bytes of its state after an update."""
+    return [_weigh(TrainConfig.model_validate(tree)) for tree in trees]
+
+
+def _weigh(config: TrainConfig) -> dict[str, Any]:
+    from megatron.core import parallel_state
+
+    from megatron_glmv.parallel import groups
+    from megatron_glmv.training.assemble import assemble, assemble_model
+    from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
+
+    groups.initialize(config.parallel, seed=1)
+    assembly = assemble(config, assemble_model(config))
+    for chunk in assembly.chunks:
+        chunk.zero_grad_buffer()
+    assembly.optimizer.zero_grad()
+    set_learning_rates(assembly.optimizer, 0, config)
+    assert step_optimizer(assembly.optimizer).applied
+    buffers = [buffer for chunk in assembly.chunks for buffer in chunk.buffers]
+    in_buffers = {p for buffer in buffers for p in buffer.params} if config.parallel.distributed_optimizer else set()
+    apart = [p for model in assembly.models for p in model.parameters() if p not in in_buffers]
+    report = {
+        "stage": parallel_state.get_pipeline_model_parallel_rank(),
+        "sharer": parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        "data": groups.data_size(),
+        "shapes": [[(name, p.numel()) for name, p in model.named_parameters()] for model in assembly.models],
+        "weights": sum(b.param_data.nbytes for b in buffers if b.param_data is not None) + sum(p.nbytes for p in apart),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+        "optimizer": _optimizer_bytes(assembly.optimizer),
+    }
+    parallel_state.destroy_model_parallel()
+    return report
+
+
+def _optimizer_bytes(optimizer: Any) -> int:
+    """Of every tensor that the optimizer holds beside weights and gradients: fp32 copies and moments."""
+    total = 0
+    for inner in optimizer.chained_optimizers:
+        if inner.is_stub_optimizer:
+            continue
+        copies = getattr(inner, "shard_fp32_from_float16_groups", None) or getattr(inner, "fp32_from_float16_groups", [])
+        total += sum(tensor.nbytes for group in copies for tensor in group)
+        total += sum(value.nbytes for state in inner.optimizer.state.values() for value in state.values())
+    return total
