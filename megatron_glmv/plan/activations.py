@@ -1,0 +1,268 @@
+"""Bytes that a forward pass keeps for its backward pass, by tower, layer spec, recomputation and layout.
+
+The ``torch`` spec is counted tensor by tensor and held to what autograd really keeps (tests/plan/test_activations.py). The ``te``
+spec keeps less: its norms keep their input and a number a token, its attention keeps query, key, value, output and a number a
+head, its gated product keeps one input. That count is read from Transformer Engine's modules and has not been measured here.
+
+Letters: S tokens of this context rank, s of this tensor rank under sequence parallelism (else S), h width, a and k channels of
+this rank's queries and keys, f of this rank's MLP, e bytes of an element.
+
+Source: model/{norm,layers,attention,text,vision,projector}.py; megatron-core 0.16.1, tensor_parallel/{layers,cross_entropy}.py;
+Transformer Engine 2.11, pytorch/module/{layernorm_linear,linear}.py and pytorch/attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_glmv.config.linears import adapted_layers
+from megatron_glmv.config.training import StageConfig
+
+Kind = Literal["te", "torch"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer on one rank.
+
+    Attributes:
+        full: tokens that its products see, S.
+        part: tokens between its products, s.
+        keys: tokens of keys and values in attention: S, or with the torch spec those of the whole row.
+        width: h.
+        query: a.
+        key: k.
+        heads: of this rank.
+        ffn: f.
+        norms: 2, or 4 with norms behind the branches, too.
+        rotary: bytes a token that the rotation keeps in every layer.
+        element: e.
+        kind: layer spec.
+        fp8: whether products are in FP8, which keep their inputs in one byte.
+        learns: whether its matrices do; frozen ones keep no input.
+    """
+
+    full: float
+    part: float
+    keys: float
+    width: int
+    query: int
+    key: int
+    heads: int
+    ffn: int
+    norms: int
+    rotary: float
+    element: int
+    kind: Kind
+    fp8: bool = False
+    learns: bool = True
+
+    def kept(self, recompute: str) -> float:
+        """Bytes that stay until the backward pass under a kind of recomputation."""
+        if recompute == "full":
+            return self.element * self.width * self.part
+        return self._norms() + self._attention(recompute == "selective") + self._mlp()
+
+    def _input(self) -> float:
+        """Bytes of one element of what a product keeps of its input."""
+        return (1 if self.fp8 else self.element) * self.learns
+
+    def _norms(self) -> float:
+        """Norms, and the inputs of the two products behind the norms at the head of the branches."""
+        if self.kind == "te":
+            norm = self.element * self.width + 4
+        else:
+            # bf16: the input in fp32, the root, and the normed input in bf16 for the gradient of the weight.
+            norm = 4 * self.width + 4 + self.element * self.width * self.learns
+        return self.part * (self.norms * norm + 2 * self._input() * self.width)
+
+    def _attention(self, recomputed: bool) -> float:
+        size, query, key = self.element, self.query, self.key
+        output = self._input() * query * self.full
+        scores = 4 * self.heads * self.full
+        if self.kind == "te":
+            # The output is kept by attention itself and, in another format with FP8, by the product behind it.
+            own = size * query * self.full + scores if self.fp8 and not recomputed else 0 if recomputed else scores
+            return size * (query + 2 * key) * self.full + output + own
+        if recomputed:
+            # Values are a view of the fused product, which stays whole.
+            return size * (2 * query + 3 * key) * self.full + output + self.rotary * self.full
+        # Gathered by document; keys and values repeated for every query head.
+        return size * query * (2 * self.full + 2 * self.keys) + output + scores + self.rotary * self.full
+
+    def _mlp(self) -> float:
+        product = self._input() * self.ffn
+        if self.kind == "te":
+            return self.full * (2 * self.ffn * self.element + product)
+        return self.full * (self.ffn * self.element * 4 + product)
+
+    def backward(self) -> float:
+        """Bytes of gradients that exist at once at the widest place of its backward pass, the MLP."""
+        return self.element * (3 * self.ffn * self.full + self.width * (self.full + 2 * self.part))
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """What one row keeps on a rank.
+
+    Attributes:
+        vision: bytes of the vision tower's layers.
+        merger: of what stands before and behind them: patches, embedding, position table, merger.
+        text: of one decoder layer; a chunk has several.
+        entry: of what stands before the layers, on the first stage and on every other one.
+        head: of final norm, logits and losses.
+        working: the largest set of temporary tensors: a layer that is computed again, and gradients on their way.
+        head_working: logits, and gradients of them, beside the kept ones.
+    """
+
+    vision: float
+    merger: float
+    text: float
+    entry: tuple[float, float]
+    head: float
+    working: float
+    head_working: float
+
+
+def layer_spec(config: StageConfig) -> Kind:
+    """The layer spec that the configuration gets on a GPU; auto takes Transformer Engine there."""
+    return "torch" if config.precision.layers == "torch" else "te"
+
+
+def row_bytes(config: StageConfig, patches: float, kind: Kind | None = None) -> RowBytes:
+    """What one row keeps for its backward pass on one rank.
+
+    Args:
+        config: the stage.
+        patches: of the row.
+        kind: layer spec; None: the one that a GPU gets.
+    """
+    kind = kind or layer_spec(config)
+    text, vision = text_layer(config, kind), vision_layer(config, patches, kind)
+    learns = learning(config)
+    recompute = config.recompute
+    blocks = config.model.shape.vision.num_layers * vision.kept(recompute.vision) if learns.vision else 0.0
+    merger = _merger(config, patches, kind) if learns.merger else 0.0
+    own_text = text.kept(recompute.text) if learns.text else 0.0
+    head, head_working = _head(config, kind)
+    again = max(
+        text.kept("none") if recompute.text == "full" else 0.0, vision.kept("none") if recompute.vision == "full" else 0.0
+    )
+    working = again + max(text.backward(), vision.backward())
+    entry = _entry(text, config) if learns.text else (0.0, 0.0)
+    return RowBytes(blocks, merger, own_text, entry, head if learns.text else 0.0, working, head_working)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Through which parts gradients pass: those that learn, and those behind one that does."""
+
+    vision: bool
+    merger: bool
+    text: bool
+
+
+def learning(config: StageConfig) -> Learning:
+    """Through which parts of the model gradients pass."""
+    model = config.model
+    if model.lora is None:
+        vision = "vision" not in model.freeze
+        merger = vision or "merger" not in model.freeze
+        return Learning(vision, merger, merger or "text" not in model.freeze)
+    adapted = adapted_layers(model.lora, model.shape).values()
+    vision = any(layer.part == "vision" for layer in adapted)
+    return Learning(vision, vision or any(layer.part == "merger" for layer in adapted), True)
+
+
+def text_layer(config: StageConfig, kind: Kind) -> Layer:
+    """One decoder layer of a full row."""
+    text, layout, precision = config.model.shape.text, config.parallel, config.precision
+    tensor = layout.tensor
+    full = config.sequence_length / layout.context
+    element = 2 if precision.dtype == "bf16" else 4
+    # The torch spec gathers keys of the whole row; of the documents' later halves a rank sees one piece less or more.
+    keys = config.sequence_length * (1 + 1 / (2 * layout.context)) if layout.context > 1 and kind == "torch" else full
+    rotary = 2 * text.rotary_dim * element if element == 2 else 0
+    return Layer(
+        full=full,
+        part=full / tensor if layout.sequence_parallel else full,
+        keys=keys,
+        width=text.hidden_size,
+        query=text.num_heads * text.head_dim // tensor,
+        key=max(1, text.num_kv_heads // tensor) * text.head_dim,
+        heads=text.num_heads // tensor,
+        ffn=text.ffn_hidden_size // tensor,
+        norms=4,
+        rotary=rotary,
+        element=element,
+        kind=kind,
+        fp8=precision.fp8_text != "off",
+        learns=config.model.lora is None and "text" not in config.model.freeze,
+    )
+
+
+def vision_layer(config: StageConfig, patches: float, kind: Kind) -> Layer:
+    """One layer of the vision tower over all patches of a row: context ranks each compute all of them."""
+    vision, layout, precision = config.model.shape.vision, config.parallel, config.precision
+    tensor = layout.tensor
+    channels = vision.hidden_size // tensor
+    return Layer(
+        full=patches,
+        part=patches / tensor if layout.sequence_parallel else patches,
+        keys=patches,
+        width=vision.hidden_size,
+        query=channels,
+        key=channels,
+        heads=vision.num_heads // tensor,
+        ffn=vision.ffn_hidden_size // tensor,
+        norms=2,
+        rotary=0.0,
+        element=2 if precision.dtype == "bf16" else 4,
+        kind=kind,
+        fp8=precision.fp8_vision != "off",
+        learns=config.model.lora is None and "vision" not in config.model.freeze,
+    )
+
+
+def _entry(text: Layer, config: StageConfig) -> tuple[float, float]:
+    """Kept once a row, on the first stage and on every other one."""
+    shares_angles = text.element == 4 or config.recompute.text == "full"
+    angles = 4 * config.model.shape.text.rotary_dim * text.full if shares_angles else 0.0
+    # The first layer's input is a view of the embeddings of all tensor ranks' tokens.
+    return angles + text.element * text.width * (text.full - text.part), angles
+
+
+def _norm(element: int, width: int, kind: Kind) -> float:
+    """Bytes a token of one norm of a part that learns."""
+    return element * width + 4 if kind == "te" else (4 + element) * width + 4
+
+
+def _merger(config: StageConfig, patches: float, kind: Kind) -> float:
+    """Everything of the vision stage but its layers."""
+    shape, layout = config.model.shape, config.parallel
+    vision, element = shape.vision, 2 if config.precision.dtype == "bf16" else 4
+    share = layout.tensor if layout.sequence_parallel else 1
+    merged = patches / vision.spatial_merge_size**2
+    width, out, ffn = vision.hidden_size, vision.out_hidden_size, vision.merger_ffn_hidden_size // layout.tensor
+    # Norm behind the embedding is ours in both specs; the one behind the layers is the spec's.
+    entry = element * vision.patch_dim + _norm(element, width, "torch") + 4 * vision.position_grid**2
+    leaving = _norm(element, width, kind)
+    rotary = 4 * vision.head_dim * patches
+    own = learning(config)
+    tower = (entry + leaving) * patches / share + rotary if own.vision else 0.0
+    gelu = element * (vision.spatial_merge_size**2 * width + 4 * out) + 2 * element
+    features = element * out * merged / layout.context
+    return tower + gelu * merged / share + element * (5 if kind == "torch" else 3) * ffn * merged + features
+
+
+def _head(config: StageConfig, kind: Kind) -> tuple[float, float]:
+    """Kept by final norm, output layer and loss; and temporary logits."""
+    text, layout = config.model.shape.text, config.parallel
+    element = 2 if config.precision.dtype == "bf16" else 4
+    tokens = config.sequence_length / layout.context
+    part = tokens / layout.tensor if layout.sequence_parallel else tokens
+    logits = tokens * text.vocab_size / layout.tensor
+    kept = part * (_norm(element, text.hidden_size, kind) + element * text.hidden_size) + 4 * logits
+    return kept, 2 * logits if element == 2 else 0.0
+

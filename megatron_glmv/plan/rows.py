@@ -1,0 +1,138 @@
+"""The rows that a plan reckons with: measured from packed data where it is on disk, assumed otherwise.
+
+A shard's table holds tokens and patches of each row, which is what the skew of the vision tower comes from. It does not hold the
+lengths of documents and frames; for these a data set's averages, and an assumed picture, stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_glmv.config.training import StageConfig, TrainConfig
+from megatron_glmv.data.index import COLUMNS, INDEX, read_index
+
+SAMPLED_ROWS = 4096
+"""Rows of each source that are read for a plan; spread evenly over its shards."""
+DOCUMENT_TOKENS = 1024
+"""Tokens of a document where nothing is known of them."""
+PATCHES_PER_IMAGE = 1024
+"""Patches of a picture where nothing is known: 448 x 448 pixels, 256 tokens."""
+IMAGE_EVERY_TOKENS = 1024
+"""Without data and without --images-per-row, one picture for so many tokens of a row: a quarter of the tokens is visual."""
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Rows of a stage, as many as stand for all.
+
+    Attributes:
+        tokens: [n] useful tokens of each row.
+        patches: [n] patches of each row.
+        document_tokens: mean length of a document.
+        frame_patches: patches of one frame.
+        origin: where the numbers come from, for the report.
+    """
+
+    tokens: npt.NDArray[np.float64]
+    patches: npt.NDArray[np.float64]
+    document_tokens: float
+    frame_patches: float
+    origin: str
+
+    @property
+    def mean_tokens(self) -> float:
+        """Useful tokens of a row."""
+        return float(self.tokens.mean())
+
+    @property
+    def mean_patches(self) -> float:
+        """Patches of a row."""
+        return float(self.patches.mean())
+
+    @property
+    def max_patches(self) -> float:
+        """Patches of the row that has most."""
+        return float(self.patches.max())
+
+    def draw(self, count: int, seed: int = 0) -> npt.NDArray[np.float64]:
+        """[count] patches of rows drawn at random, the same ones for the same seed."""
+        if self.patches.min() == self.patches.max():
+            return np.full(count, self.patches[0])
+        return np.random.default_rng(seed).choice(self.patches, count)
+
+
+@dataclass(frozen=True)
+class RowAssumptions:
+    """What the command line says of rows; None: measured, or the defaults above."""
+
+    images_per_row: float | None = None
+    patches_per_image: float | None = None
+    document_tokens: float | None = None
+
+
+def sample_rows(config: StageConfig, assumed: RowAssumptions, folders: Sequence[Path] = ()) -> RowSample:
+    """Rows for a plan of this stage.
+
+    Args:
+        config: the stage; its sources are read where their indexes exist.
+        assumed: of the command line; images_per_row replaces what data says.
+        folders: packed data sets to read instead of the sources, of equal weight.
+
+    Raises:
+        ShardError: a folder that was given and is no packed data set.
+    """
+    weighed = [(folder, 1.0) for folder in folders]
+    missing = 0
+    if not folders and isinstance(config, TrainConfig):
+        here = [source for source in config.data.sources if (source.path / INDEX).is_file()]
+        missing = len(config.data.sources) - len(here)
+        weighed = [(source.path, source.weight) for source in here]
+    if not weighed or assumed.images_per_row is not None:
+        return _assumed(config.sequence_length, assumed)
+    return _measured(weighed, missing, assumed)
+
+
+def _assumed(length: int, assumed: RowAssumptions) -> RowSample:
+    each = assumed.patches_per_image or PATCHES_PER_IMAGE
+    images = length / IMAGE_EVERY_TOKENS if assumed.images_per_row is None else assumed.images_per_row
+    documents = min(float(length), assumed.document_tokens or DOCUMENT_TOKENS)
+    origin = (
+        f"assumed: full rows, every one with {images:g} pictures of {each:g} patches and documents of {documents:g} tokens "
+        "(--images-per-row, --patches-per-image, --document-tokens, or --data FOLDER)"
+    )
+    return RowSample(np.array([float(length)]), np.array([images * each]), documents, each, origin)
+
+
+def _measured(weighed: Sequence[tuple[Path, float]], missing: int, assumed: RowAssumptions) -> RowSample:
+    tokens, patches, lengths, total = [], [], 0.0, sum(weight for _, weight in weighed)
+    for folder, weight in weighed:
+        table = _sample_table(folder, max(1, round(SAMPLED_ROWS * weight / total)))
+        tokens.append(table[:, COLUMNS.index("tokens")])
+        patches.append(table[:, COLUMNS.index("patches")])
+        index = read_index(folder)
+        lengths += weight / total * index.num_tokens / index.num_samples
+    each = assumed.patches_per_image or PATCHES_PER_IMAGE
+    rows = sum(len(part) for part in tokens)
+    origin = f"measured: {rows:,} rows of {len(weighed)} data set{'s' if len(weighed) > 1 else ''}"
+    origin += f" ({missing} of the configuration are not here)" if missing else ""
+    origin += f"; frames of {each:g} patches assumed (--patches-per-image)"
+    documents = assumed.document_tokens or lengths
+    return RowSample(np.concatenate(tokens).astype(float), np.concatenate(patches).astype(float), documents, each, origin)
+
+
+def _sample_table(folder: Path, count: int) -> npt.NDArray[np.int64]:
+    """[n, columns] of about `count` rows, at even distances over all shards, drawn with replacement where there are fewer."""
+    index = read_index(folder)
+    wanted = (np.arange(count) * index.num_rows) // count
+    ends = np.cumsum([shard.rows for shard in index.shards])
+    shards = np.searchsorted(ends, wanted, side="right")
+    parts = []
+    for shard in np.unique(shards):
+        own = np.load(folder / index.shards[shard].index, mmap_mode="r", allow_pickle=False)
+        parts.append(own[wanted[shards == shard] - ends[shard] + index.shards[shard].rows])
+    return np.concatenate(parts)

@@ -1,0 +1,267 @@
+"""Seconds of the passes over one row on each stage, and what they send: a small model of the hardware, every part of it stated.
+
+A pass is the sum of its matrix products, its attention, the memory traffic of everything element by element, and the messages
+that computation waits for. Each is an amount over a peak times an assumed efficiency (plan/devices.py); nothing is fitted.
+Everything is linear in the patches of a row, for frames are of one size in a plan, so a pass is a constant and a slope.
+
+Source: plan/flops.py for the operations; the volumes of ring collectives; model/vision.py (every context rank runs the whole
+vision tower); megatron-core 0.16.1, tensor_parallel/layers.py (what is gathered and scattered, forward and backward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, replace
+
+from megatron_glmv.config.training import StageConfig
+from megatron_glmv.plan.activations import Layer, learning, text_layer, vision_layer
+from megatron_glmv.plan.devices import Hardware
+from megatron_glmv.plan.flops import Flops, forward_flops, training_flops
+from megatron_glmv.plan.rows import RowSample
+from megatron_glmv.plan.weights import chunk_parameters
+
+FORWARD_PASSES, BACKWARD_PASSES = 2.0, 3.0
+"""How often the bytes that a layer keeps go through memory outside of its products: written and read, and with gradients."""
+FLASH_BACKWARD = 1.25
+"""Fused attention computes the scores again: five products where four are counted."""
+ACCUMULATED_BYTES = 10
+"""Memory traffic of one element of a gradient that is added to the fp32 buffer: 2 and 4 bytes read, 4 written."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one row: a constant, and a slope over its patches."""
+
+    constant: float = 0.0
+    per_patch: float = 0.0
+
+    def of(self, patches: float) -> float:
+        """For a row of so many patches."""
+        return self.constant + self.per_patch * patches
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.constant + other.constant, self.per_patch + other.per_patch)
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(self.constant * factor, self.per_patch * factor)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Forward and backward pass of something over one row."""
+
+    forward: Cost = Cost()
+    backward: Cost = Cost()
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(self.forward * factor, self.backward * factor)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one rank sends for one row (and receives as many)."""
+
+    tensor: Cost = Cost()
+    context: Cost = Cost()
+
+    def __add__(self, other: Sent) -> Sent:
+        return Sent(self.tensor + other.tensor, self.context + other.context)
+
+    def __mul__(self, factor: float) -> Sent:
+        return Sent(self.tensor * factor, self.context * factor)
+
+
+class StageTimes:
+    """Times and traffic of every chunk of a layout on given hardware and rows."""
+
+    def __init__(self, config: StageConfig, hardware: Hardware, rows: RowSample) -> None:
+        self.config, self.hardware = config, hardware
+        layout = config.parallel
+        self._work = _Work(config, rows)
+        self._link = _rate(hardware, layout.tensor)
+        self._context_link = _rate(hardware, layout.tensor * layout.context)
+        self.text, self.text_sent = self._text()
+        self.vision, self.vision_sent = self._vision()
+        self.head = self._head()
+
+    def chunk(self, stage: int, chunk: int = 0) -> Seconds:
+        """Forward and backward of one chunk."""
+        layout, shape = self.config.parallel, self.config.model.shape
+        total = self.text * len(layout.chunk_layers(shape.text.num_layers, stage, chunk))
+        if stage == 0 and chunk == 0:
+            total += self.vision
+        if stage == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1:
+            total += self.head
+        learning_elements = sum(p.elements for p in chunk_parameters(self.config.model, layout, stage, chunk) if p.learns)
+        added = ACCUMULATED_BYTES * learning_elements / _memory_rate(self.hardware)
+        return total + Seconds(backward=Cost(added))
+
+    def sent(self, stage: int) -> Sent:
+        """Bytes of a stage for one row, over all its chunks."""
+        layers = self.config.parallel.stage_layers(self.config.model.shape.text.num_layers)[stage]
+        return self.text_sent * layers + (self.vision_sent if stage == 0 else Sent())
+
+    def message_bytes(self) -> float:
+        """Of one row between two pipeline stages."""
+        layer = text_layer(self.config, "te")
+        return layer.element * layer.width * layer.part
+
+    def _product_rate(self, fp8: str) -> float:
+        hardware = self.hardware
+        if fp8 != "off" and hardware.fp8_tflops is not None:
+            return hardware.fp8_tflops * hardware.fp8_efficiency * 1e12
+        return _peak(self.config, hardware) * hardware.matmul_efficiency
+
+    def _layer(self, layer: Layer, forward: tuple[float, float], backward: tuple[float, float], fp8: str, how: str) -> Seconds:
+        """One layer from (products, attention) forward and backward, all of this rank."""
+        products, attention = self._product_rate(fp8), _peak(self.config, self.hardware) * self.hardware.attention_efficiency
+        kept = replace(layer, kind="te").kept("none") / _memory_rate(self.hardware)
+        going = forward[0] / products + forward[1] / attention + FORWARD_PASSES * kept
+        back = backward[0] / products + FLASH_BACKWARD * backward[1] / attention
+        back += BACKWARD_PASSES * kept if sum(backward) else 0.0
+        back += going if how == "full" and sum(backward) else forward[1] / attention if how == "selective" else 0.0
+        return Seconds(Cost(going), Cost(back))
+
+    def _collectives(self, layer: Layer, passes: bool, how: str) -> tuple[Seconds, float]:
+        """What a layer exchanges with the other tensor ranks: seconds, and bytes of both passes."""
+        tensor, hardware = self.config.parallel.tensor, self.hardware
+        if tensor == 1:
+            return Seconds(), 0.0
+        volume = 4 * (tensor - 1) / tensor * layer.full * layer.width * layer.element
+        going = volume / self._link
+        # Gathered once more for the gradients of the weights, beside the products.
+        again = volume / 2 * (layer.part < layer.full)
+        back = (going + again / self._link * (1 - hardware.overlap)) * passes + (going if how == "full" and passes else 0.0)
+        sent = volume * (1 + passes * (1 + (how == "full"))) + again * passes
+        return Seconds(Cost(going), Cost(back)), sent
+
+    def _text(self) -> tuple[Seconds, Sent]:
+        config, work = self.config, self._work
+        how, depth = config.recompute.text, config.model.shape.text.num_layers
+        layer = text_layer(config, "te")
+        ranks = config.parallel.tensor * config.parallel.context
+        forward = (work.forward.text_linear / depth / ranks, work.forward.text_attention / depth / ranks)
+        backward = (work.backward.text_linear / depth / ranks, work.backward.text_attention / depth / ranks)
+        seconds = self._layer(layer, forward, backward, config.precision.fp8_text, how)
+        collectives, sent = self._collectives(layer, sum(backward) > 0, how)
+        context, keys_sent = self._keys(layer, sum(backward) > 0, how)
+        return seconds + collectives + context + self._latency(), Sent(Cost(sent), Cost(keys_sent))
+
+    def _keys(self, layer: Layer, passes: bool, how: str) -> tuple[Seconds, float]:
+        """Keys and values that go round the context ranks, mostly beside attention; gradients of them on the way back."""
+        context = self.config.parallel.context
+        if context == 1:
+            return Seconds(), 0.0
+        volume = (context - 1) * layer.full * 2 * layer.key * layer.element
+        waits = (volume / self._context_link + (context - 1) * 1e-6 * self.hardware.latency_us) * (1 - self.hardware.overlap)
+        times = passes * (2 + (how != "none"))
+        return Seconds(Cost(waits), Cost(waits * times)), volume * (1 + times)
+
+    def _vision(self) -> tuple[Seconds, Sent]:
+        """The tower and the merger over one patch, as slopes."""
+        config, work = self.config, self._work
+        how, shape = config.recompute.vision, config.model.shape
+        tensor, depth = config.parallel.tensor, shape.vision.num_layers
+        layer = vision_layer(config, 1.0, "te")
+        going, back = work.forward_patch, work.backward_patch
+        forward = (going.vision_linear / depth / tensor, going.vision_attention / depth / tensor)
+        backward = (back.vision_linear / depth / tensor, back.vision_attention / depth / tensor)
+        each = self._layer(layer, forward, backward, config.precision.fp8_vision, how)
+        collectives, sent = self._collectives(layer, sum(backward) > 0, how)
+        merger = Seconds(
+            Cost(going.merger / tensor / self._product_rate(config.precision.fp8_vision)),
+            Cost(back.merger / tensor / self._product_rate(config.precision.fp8_vision)),
+        )
+        tower = (each + collectives) * depth + merger
+        slope = Seconds(Cost(0.0, tower.forward.constant), Cost(0.0, tower.backward.constant))
+        return slope + self._latency() * depth, Sent(Cost(0.0, sent * depth))
+
+    def _latency(self) -> Seconds:
+        """Of a layer's four collectives among the tensor ranks, forward and backward."""
+        each = Cost(4e-6 * self.hardware.latency_us * (self.config.parallel.tensor > 1))
+        return Seconds(each, each)
+
+    def _head(self) -> Seconds:
+        config, work = self.config, self._work
+        ranks = config.parallel.tensor * config.parallel.context
+        logits = config.sequence_length * config.model.shape.text.vocab_size / ranks
+        rate, memory = _peak(config, self.hardware) * self.hardware.matmul_efficiency, _memory_rate(self.hardware)
+        # Written in bf16, read, written in fp32, its maximum, exponential and sum; then the gradient in fp32 and in bf16.
+        loss = (2 + 2 + 4 + 4 + 8 + 4) * logits / memory, (8 + 6) * logits / memory
+        passes = learning(config).text
+        return Seconds(
+            Cost(work.forward.head / ranks / rate + loss[0]), Cost((work.backward.head / ranks / rate + loss[1]) * passes)
+        )
+
+
+class _Work:
+    """Operations of one row on all ranks together: padding is computed, documents attend within themselves."""
+
+    def __init__(self, config: StageConfig, rows: RowSample) -> None:
+        shape, model = config.model.shape, config.model
+        length = max(1, round(rows.document_tokens))
+        side = max(1, round(rows.frame_patches / 2))
+
+        def both(lengths: list[int], frames: list[tuple[int, int]]) -> tuple[Flops, Flops]:
+            forward = forward_flops(shape, lengths, frames)
+            whole = training_flops(shape, lengths, frames, model.freeze, model.lora)
+            return forward, _scale(forward, -1.0) + whole
+
+        token, document, frame = both([1], []), both([length], []), both([], [(2, side)])
+        matrices = config.sequence_length
+        attention = rows.mean_tokens / length
+        self.forward, self.backward = (
+            Flops(
+                text_linear=matrices * one.text_linear, text_attention=attention * many.text_attention, head=matrices * one.head
+            )
+            for one, many in zip(token, document, strict=True)
+        )
+        self.forward_patch, self.backward_patch = (_scale(flops, 1 / (2 * side)) for flops in frame)
+
+
+def _scale(flops: Flops, factor: float) -> Flops:
+    return Flops(*(factor * value for value in astuple(flops)))
+
+
+def useful_flops(config: StageConfig, rows: RowSample) -> float:
+    """Operations that one row needs on average, forward and backward, without padding: what an MFU counts."""
+    shape, model = config.model.shape, config.model
+    length, side = max(1, round(rows.document_tokens)), max(1, round(rows.frame_patches / 2))
+    document = training_flops(shape, [length], [], model.freeze, model.lora).total / length
+    frame = training_flops(shape, [], [(2, side)], model.freeze, model.lora).total / (2 * side)
+    return rows.mean_tokens * document + rows.mean_patches * frame
+
+
+def _peak(config: StageConfig, hardware: Hardware) -> float:
+    return (hardware.bf16_tflops if config.precision.dtype == "bf16" else hardware.fp32_tflops) * 1e12
+
+
+def _memory_rate(hardware: Hardware) -> float:
+    return hardware.memory_gbs * 1e9 * hardware.memory_efficiency
+
+
+def _rate(hardware: Hardware, spanned: int) -> float:
+    """Bytes a second to a neighbour among so many consecutive ranks."""
+    if spanned <= hardware.gpus_per_node:
+        return hardware.link_gbs * 1e9 * hardware.link_efficiency
+    return hardware.network_gbs * 1e9 * hardware.network_efficiency
+
+
+def data_rate(hardware: Hardware, tensor: int, sharers: int) -> float:
+    """Bytes a second of a collective over the ranks that share gradients, which stand `tensor` ranks apart.
+
+    Between nodes a ring enters a node by all the adapters of its members there.
+    """
+    if tensor * sharers <= hardware.gpus_per_node:
+        return _rate(hardware, 1)
+    members = max(1, hardware.gpus_per_node // tensor)
+    network = members * hardware.network_gbs * 1e9 * hardware.network_efficiency
+    return min(_rate(hardware, 1), network)
+
+
+def stage_rate(hardware: Hardware, gpus: int, stages: int) -> float:
+    """Bytes a second to the next pipeline stage, which stands gpus / stages ranks apart."""
+    return _rate(hardware, 2 * gpus // stages if stages > 1 else 1)
+

@@ -1,0 +1,83 @@
+"""Bytes that a forward pass keeps, against what autograd really keeps on the torch spec, in several layouts and recomputations.
+
+Derivation of the gate: the count leaves out indexes and masks (8 to 60 bytes a token or patch) and, with frozen parts and
+adapters, what passes through without a weight to learn; the worst case measured stands at each group. A tower, a tensor of a
+layer or a factor of the tensor ranks that is forgotten makes 5 % or more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.plan.activations import row_bytes
+from tests.model import layouts, oracle
+from tests.plan.kept import keep_all
+from tests.ranks import run_ranks
+
+FULL, SELECTIVE = {"text": "full", "vision": "full"}, {"text": "selective", "vision": "selective"}
+CASES: dict[str, dict[str, Any]] = {
+    "tensor 2": {"parallel": {"tensor": 2}},
+    "tensor 2, whole activations": {"parallel": {"tensor": 2, "sequence": False}},
+    "tensor 2, fp32": {"parallel": {"tensor": 2}, "precision": {"dtype": "fp32"}},
+    "data 2": {},
+    "context 2": {"parallel": {"context": 2}},
+    "selective": {"parallel": {"tensor": 2}, "recompute": SELECTIVE},
+    "full": {"parallel": {"tensor": 2}, "recompute": FULL},
+    "full of the vision tower alone": {"recompute": {"vision": "full"}},
+    "frozen tower": {"model": {"freeze": ["vision"]}},
+    "frozen tower and merger": {"model": {"freeze": ["vision", "merger"]}},
+}
+WORST = {"context 2": 0.05}
+"""Gates of cases that are counted more coarsely; the others' is 0.02."""
+
+
+def tree(folder: str, **changes: Any) -> dict[str, Any]:
+    base = layouts.train_config(folder, changes.get("parallel", {}), changes.get("recompute", {})).model_dump()
+    base["precision"] |= {"dtype": "bf16", **changes.get("precision", {})}
+    base["model"] |= changes.get("model", {}) | {"load_weights": False}
+    base["parallel"]["distributed_optimizer"] = True
+    return base
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainConfig, list[list[int]]]]:
+    folder = tmp_path_factory.mktemp("architecture")
+    (folder / "config.json").write_text(json.dumps(oracle.hf_config("digits")))
+    trees = [tree(str(folder), **changes) for changes in CASES.values()]
+    rows = [dataclasses.replace(row, patches=pixels(row.patches)) for row in layouts.make_rows(oracle.model_shape("digits"))]
+    found = run_ranks(keep_all, 2, trees, rows, timeout_s=300)
+    return {
+        name: (TrainConfig.model_validate(tree), [ranks[number] for ranks in found])
+        for number, (name, tree) in enumerate(zip(CASES, trees, strict=True))
+    }
+
+
+def pixels(patches: Tensor | None) -> Tensor | None:
+    """Patches as they come from the decoder; normalised ones would be kept without a copy in fp32."""
+    return None if patches is None else (patches * 50 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def predicted(config: TrainConfig, patches: int) -> float:
+    """Bytes of a row on the one stage of a layout without pipeline."""
+    row = row_bytes(config, patches, "torch")
+    return row.vision + row.merger + row.entry[0] + config.model.shape.text.num_layers * row.text + row.head
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kept_bytes(measured: dict[str, tuple[TrainConfig, list[list[int]]]], name: str) -> None:
+    config, ranks = measured[name]
+    rows = layouts.make_rows(config.model.shape)
+    unit = 4 * config.parallel.tensor
+    for rank in ranks:
+        for row, found in zip(rows, rank, strict=True):
+            patches = max(unit, -(-row.num_patches // unit) * unit)
+            error = predicted(config, patches) / found - 1
+            print(f"{name}: {row.key}, {patches} patches: {found} kept, {error:+.1%}")
+            assert abs(error) <= WORST.get(name, 0.02), f"{row.key}: {error:+.1%} of {found} bytes"
