@@ -117,8 +117,8 @@ class ParallelConfig(Config):
                 f"among {_divisors(num_layers)}, or an uneven split: {self._splits(num_layers)}"
             )
         key = "first_stage_layers" if self.first_stage_layers is not None else "last_stage_layers"
-        given = " and ".join(f"{layers} on stage {stage}" for stage, layers in fixed.items())
         if left < 0 or (left == 0) != (stages == 0) or (stages and left % stages):
+            given = " and ".join(f"{layers} on stage {stage}" for stage, layers in fixed.items())
             raise ConfigError(
                 f"parallel.{key}: with {given}, {max(left, 0)} of {num_layers} decoder layers are left for {stages} "
                 f"stage{'s' if stages != 1 else ''} and do not divide evenly; possible: {self._splits(num_layers)}"

@@ -142,7 +142,14 @@ class Plan:
 
 
 def estimate(
-    config: StageConfig, gpus: int, hardware: Hardware, rows: RowSample, *, answer_tokens: float | None = None, exact: bool = True
+    config: StageConfig,
+    gpus: int,
+    hardware: Hardware,
+    rows: RowSample,
+    *,
+    answer_tokens: float | None = None,
+    exact: bool = True,
+    stages: tuple[StageMemory, ...] | None = None,
 ) -> Plan:
     """Plan one layout.
 
@@ -153,6 +160,7 @@ def estimate(
         rows: what rows are like.
         answer_tokens: of an answer in reinforcement learning; None: half of the longest.
         exact: play the whole schedule and the skew of many replicas; otherwise a short schedule, continued.
+        stages: of `stage_memory`, where they are known.
 
     Raises:
         ConfigError: the layout does not suit the model, the batch or the number of GPUs.
@@ -160,8 +168,8 @@ def estimate(
     data = config.data_parallel(gpus)
     total = global_rows(config, data, answer_tokens)
     each = total // data
+    stages = stages or stage_memory(config, gpus, hardware, rows, answer_tokens=answer_tokens)
     times = StageTimes(config, hardware, rows)
-    stages = tuple(_stage_memory(config, data, stage, each, hardware, rows) for stage in range(config.parallel.pipeline))
     patches = np.full(each, rows.mean_patches)
     timeline = _play(times, gpus, patches) if exact else _play_shortly(times, gpus, patches)
     skew = _skew(times, gpus, data, each, rows, timeline) if exact else 1.0
@@ -181,6 +189,15 @@ def estimate(
         row_flops=useful_flops(config, rows),
         useful_tokens=rows.mean_tokens,
     )
+
+
+def stage_memory(
+    config: StageConfig, gpus: int, hardware: Hardware, rows: RowSample, *, answer_tokens: float | None = None
+) -> tuple[StageMemory, ...]:
+    """Memory of every pipeline stage; arguments and errors as of `estimate`."""
+    data = config.data_parallel(gpus)
+    each = global_rows(config, data, answer_tokens) // data
+    return tuple(_stage_memory(config, data, stage, each, hardware, rows) for stage in range(config.parallel.pipeline))
 
 
 def global_rows(config: StageConfig, data: int, answer_tokens: float | None = None) -> int:

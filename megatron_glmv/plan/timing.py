@@ -11,7 +11,9 @@ vision tower); megatron-core 0.16.1, tensor_parallel/layers.py (what is gathered
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 
+from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.plan.activations import Layer, learning, text_layer, vision_layer
 from megatron_glmv.plan.devices import Hardware
@@ -79,7 +81,7 @@ class StageTimes:
     def __init__(self, config: StageConfig, hardware: Hardware, rows: RowSample) -> None:
         self.config, self.hardware = config, hardware
         layout = config.parallel
-        self._work = _Work(config, rows)
+        self._work = _work(config.model, config.sequence_length, rows.mean_tokens, rows.document_tokens, rows.frame_patches)
         self._link = _rate(hardware, layout.tensor)
         self._context_link = _rate(hardware, layout.tensor * layout.context)
         self.text, self.text_sent = self._text()
@@ -196,29 +198,36 @@ class StageTimes:
         )
 
 
+@dataclass(frozen=True)
 class _Work:
-    """Operations of one row on all ranks together: padding is computed, documents attend within themselves."""
+    """Operations on all ranks together: of one row without its patches, and of one patch."""
 
-    def __init__(self, config: StageConfig, rows: RowSample) -> None:
-        shape, model = config.model.shape, config.model
-        length = max(1, round(rows.document_tokens))
-        side = max(1, round(rows.frame_patches / 2))
+    forward: Flops
+    backward: Flops
+    forward_patch: Flops
+    backward_patch: Flops
 
-        def both(lengths: list[int], frames: list[tuple[int, int]]) -> tuple[Flops, Flops]:
-            forward = forward_flops(shape, lengths, frames)
-            whole = training_flops(shape, lengths, frames, model.freeze, model.lora)
-            return forward, _scale(forward, -1.0) + whole
 
-        token, document, frame = both([1], []), both([length], []), both([], [(2, side)])
-        matrices = config.sequence_length
-        attention = rows.mean_tokens / length
-        self.forward, self.backward = (
-            Flops(
-                text_linear=matrices * one.text_linear, text_attention=attention * many.text_attention, head=matrices * one.head
-            )
-            for one, many in zip(token, document, strict=True)
+@lru_cache(maxsize=16)
+def _work(model: ModelConfig, length: int, mean_tokens: float, document_tokens: float, frame_patches: float) -> _Work:
+    """The work of a mean row: its padding is computed, its documents attend within themselves."""
+    shape = model.shape
+    document, side = max(1, round(document_tokens)), max(1, round(frame_patches / 2))
+
+    def both(lengths: list[int], frames: list[tuple[int, int]]) -> tuple[Flops, Flops]:
+        forward = forward_flops(shape, lengths, frames)
+        return forward, _scale(forward, -1.0) + training_flops(shape, lengths, frames, model.freeze, model.lora)
+
+    row = (
+        Flops(
+            text_linear=length * one.text_linear,
+            text_attention=mean_tokens / document * many.text_attention,
+            head=length * one.head,
         )
-        self.forward_patch, self.backward_patch = (_scale(flops, 1 / (2 * side)) for flops in frame)
+        for one, many in zip(both([1], []), both([document], []), strict=True)
+    )
+    patch = (_scale(flops, 1 / (2 * side)) for flops in both([], [(2, side)]))
+    return _Work(*row, *patch)
 
 
 def _scale(flops: Flops, factor: float) -> Flops:

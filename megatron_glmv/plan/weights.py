@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
+import numpy as np
+
 from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelConfig, ModelShape, Part
@@ -133,11 +135,14 @@ class Buffer:
 
     def owned(self, rank: int, ranks: int) -> int:
         """Elements of parameters, without padding, whose optimizer state lies on one of the ranks that share it."""
+        if not self.buckets:
+            return 0
+        starts, ends = np.array(self.parameters, dtype=np.int64).T
         total = 0
         for start, end in self.buckets:
             share = (end - start) // ranks
-            low, high = start + rank * share, start + (rank + 1) * share
-            total += sum(max(0, min(high, own_end) - max(low, own)) for own, own_end in self.parameters)
+            low = start + rank * share
+            total += int((np.minimum(ends, low + share) - np.maximum(starts, low)).clip(min=0).sum())
         return total
 
 
@@ -202,13 +207,17 @@ def state_bytes(config: StageConfig, data: int, stage: int, rank: int = 0) -> St
         stage: pipeline stage of the rank.
         rank: its number among the data x context ranks that share the optimizer's state; they differ by padding only.
     """
-    layout, precision = config.parallel, config.precision
-    element = 2 if precision.dtype == "bf16" else 4
-    state = MOMENT_BYTES + (4 if precision.dtype == "bf16" else 0)
+    return _state_bytes(config.model, config.parallel, config.precision.dtype == "bf16", data, stage, rank)
+
+
+@lru_cache(maxsize=8192)
+def _state_bytes(model: ModelConfig, layout: ParallelConfig, halves: bool, data: int, stage: int, rank: int) -> StateBytes:
+    element = 2 if halves else 4
+    state = MOMENT_BYTES + (4 if halves else 0)
     sharers, distributed = data * layout.context, layout.distributed_optimizer
     weights = gradients = optimizer = 0
     for chunk in range(layout.virtual_pipeline):
-        parameters = chunk_parameters(config.model, layout, stage, chunk)
+        parameters = chunk_parameters(model, layout, stage, chunk)
         learning = [parameter.elements for parameter in parameters if parameter.learns]
         buckets = layout.overlap and sharers > 1 and stage == 0 and chunk == 0
         most = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_RANK * data) if buckets else None
