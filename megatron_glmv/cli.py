@@ -69,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=_check)
 
+    _add_plan(commands)
+
     command = commands.add_parser("train", help="train one stage", description=cli_help.TRAIN, formatter_class=plain)
     _add_configuration(command, required=True)
     command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
@@ -91,6 +93,29 @@ def build_parser() -> argparse.ArgumentParser:
     _add_conversions(commands)
     _add_reward(commands)
     return parser
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="memory, time and the best layouts of a stage, before it runs",
+        description=cli_help.PLAN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_configuration(command, required=True)
+    number: dict[str, Any] = {"type": float, "metavar": "N"}
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="h100, h200 or a100 (default: h100)")
+    command.add_argument("--gpus", type=int, metavar="N", help="how many (default: the fewest on which the layout fits)")
+    command.add_argument("--memory-gb", type=float, metavar="GB", help="memory of one GPU in 10^9 bytes (default: its own)")
+    command.add_argument("--hardware", type=Path, metavar="FILE.yaml", help="peaks, bandwidths and efficiencies that differ")
+    command.add_argument("--layouts", type=int, default=5, metavar="K", help="layouts to propose, 0 for none (default: 5)")
+    command.add_argument("--data", type=Path, nargs="+", default=[], metavar="FOLDER", help="packed data to measure rows from")
+    command.add_argument("--images-per-row", help="pictures of a row, instead of what the data says", **number)
+    command.add_argument("--patches-per-image", help="patches of a picture (default: 1024, 448 x 448 pixels)", **number)
+    command.add_argument("--document-tokens", help="tokens of a document (default: measured, else 1024)", **number)
+    command.add_argument("--answer-tokens", help="of an answer in reinforcement learning (default: half the longest)", **number)
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the plan and the layouts there, too")
+    command.set_defaults(call=_plan)
 
 
 def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -207,6 +232,26 @@ def _check(arguments: argparse.Namespace) -> int:
     config = _load(arguments.configuration)
     print(to_yaml(config))
     print("\n".join(f"# {line}" for line in summarize(config).splitlines()))
+    return OK
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    for name in ("gpus", "memory_gb", "images_per_row", "patches_per_image", "document_tokens", "answer_tokens", "layouts"):
+        value, least = getattr(arguments, name), 0 if name in ("images_per_row", "layouts") else 1
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is too small; give {least} or more")
+    plan = importlib.import_module("megatron_glmv.plan.command")
+    request = plan.PlanRequest(
+        config=_load(arguments.configuration),
+        hardware=plan.find_hardware(arguments.gpu, arguments.hardware, arguments.memory_gb),
+        gpus=arguments.gpus,
+        layouts=arguments.layouts,
+        folders=arguments.data,
+        assumed=plan.RowAssumptions(arguments.images_per_row, arguments.patches_per_image, arguments.document_tokens),
+        answer_tokens=arguments.answer_tokens,
+        json_file=arguments.json,
+    )
+    plan.run(request)
     return OK
 
 

@@ -4,6 +4,7 @@ EXAMPLES = """\
 examples:
   glmv check examples/pretrain.yaml                        what would run: tree, parameters, tokens, ranks
   glmv check examples/sft.yaml parallel.tensor=4           the same with one value changed
+  glmv plan examples/pretrain.yaml --gpu h100 --gpus 512   memory, step time, the best layouts
   glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
   torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
   glmv rl examples/rl.yaml --ranks 2                       answers, rewards, updates: two ranks on this machine
@@ -19,6 +20,14 @@ Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration ca
 CHECK = """\
 Validates without importing torch, prints the resolved tree as YAML and a summary as comments: the output is again a valid
 configuration. Files are merged left to right, then a.b=value arguments; a value is read as YAML (null, true, [1, 2]).
+"""
+
+PLAN = """\
+Arithmetic, no GPU and no torch: memory of every pipeline stage, the schedule played through, traffic, step time, MFU and days,
+and the fastest layouts that fit, each with the overrides to append. Weights, gradients and optimizer state are exact; activations
+are counted tensor by tensor; times come from the GPU's peaks and stated efficiencies. Rows are measured from packed data where it
+is on disk, else assumed. Ends with 1 where the layout does not fit, naming what is missing and the smallest change that fits.
+--hardware takes a YAML file of fields that differ, as matmul_efficiency: 0.6 or network_gbs: 25; docs/operations.md lists them.
 """
 
 TRAIN = """\

@@ -265,4 +265,3 @@ def _head(config: StageConfig, kind: Kind) -> tuple[float, float]:
     logits = tokens * text.vocab_size / layout.tensor
     kept = part * (_norm(element, text.hidden_size, kind) + element * text.hidden_size) + 4 * logits
     return kept, 2 * logits if element == 2 else 0.0
-

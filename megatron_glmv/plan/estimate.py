@@ -212,9 +212,7 @@ def global_rows(config: StageConfig, data: int, answer_tokens: float | None = No
     return max(unit, -(-rows // unit) * unit)
 
 
-def _stage_memory(
-    config: StageConfig, data: int, stage: int, rows: int, hardware: Hardware, sample: RowSample
-) -> StageMemory:
+def _stage_memory(config: StageConfig, data: int, stage: int, rows: int, hardware: Hardware, sample: RowSample) -> StageMemory:
     layout, shape = config.parallel, config.model.shape
     state = state_bytes(config, data, stage)
     held = most_in_flight(stage, layout.pipeline, layout.virtual_pipeline, rows)

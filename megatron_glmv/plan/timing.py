@@ -273,4 +273,3 @@ def data_rate(hardware: Hardware, tensor: int, sharers: int) -> float:
 def stage_rate(hardware: Hardware, gpus: int, stages: int) -> float:
     """Bytes a second to the next pipeline stage, which stands gpus / stages ranks apart."""
     return _rate(hardware, 2 * gpus // stages if stages > 1 else 1)
-
