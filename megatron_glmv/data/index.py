@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from megatron_glmv.config.base import Config, ConfigError, InputError, validate
 from megatron_glmv.config.model import ModelShape
@@ -27,12 +28,13 @@ class ShardError(InputError):
     """A data set that cannot be read or used; the message is one line that names the file and what to do."""
 
 
-class ShardEntry(Config):
-    """One shard of a data set, as index.json lists it."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class ShardEntry:
+    """One shard of a data set, as index.json lists it; there may be hundreds of thousands, so it is small."""
 
     file: str
-    rows: int = Field(ge=1)
-    size_bytes: int = Field(ge=1)
+    rows: Annotated[int, Field(ge=1)]
+    size_bytes: Annotated[int, Field(ge=1)]
     index: str
 
 

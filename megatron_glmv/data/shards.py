@@ -31,6 +31,11 @@ from megatron_glmv.sequence.packed import Document
 BLOCK = 512
 OPEN_SHARDS = 128
 """Shards that one reader keeps open; fewer than the usual limit of 1,024 descriptors a process."""
+OPEN_TABLES = 1024
+"""Row tables that one reader keeps mapped; Linux gives a process 65,530 maps, and a billion samples have as many shards."""
+CHECKED_SHARDS = 1024
+"""Shards whose files are looked at when a data set is opened, at even distances where there are more. Every rank does it: a
+file system that is asked for all files of a large data set by a thousand ranks at once does nothing else for minutes."""
 
 
 @dataclass(frozen=True)
@@ -232,14 +237,19 @@ class ShardReader:
     """Random access to the rows of one packed data set; reads may come from several threads at once."""
 
     def __init__(self, folder: Path) -> None:
-        """Open and validate a data set: its index, and the presence and size of every shard.
+        """Open and validate a data set: its index, and the presence and size of at most `CHECKED_SHARDS` shards.
+
+        The others are checked when a row of theirs is first read, so that opening costs the same for any number of them.
 
         Raises:
             ShardError: no index, an index of another format, or a missing, truncated or foreign shard.
         """
         self.folder = folder
         self.index = read_index(folder)
-        self._rows = [_open_rows(folder, shard) for shard in self.index.shards]
+        self._tables: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
+        self._table_lock = threading.Lock()
+        for shard in range(0, len(self.index.shards), -(-len(self.index.shards) // CHECKED_SHARDS)):
+            self._table(shard)
         self._ends = np.cumsum([shard.rows for shard in self.index.shards])
         if int(self._ends[-1]) != self.index.num_rows:
             raise ShardError(f"{folder / INDEX}: num_rows is {self.index.num_rows}, the shards hold {self._ends[-1]}; {REPACK}")
@@ -252,11 +262,12 @@ class ShardReader:
     def measures(self, row: int) -> dict[str, int]:
         """The row's entry of rows.npy by column name: offsets in bytes, useful tokens, patches, trained tokens."""
         shard, local = self._locate(row)
-        return dict(zip(COLUMNS, self._rows[shard][local].tolist(), strict=True))
+        return dict(zip(COLUMNS, self._table(shard)[local].tolist(), strict=True))
 
     def tables(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
         """For each shard, the columns of rows.npy: what `measures` gives of one row, of all its rows."""
-        for rows in self._rows:
+        for shard in range(len(self.index.shards)):
+            rows = self._table(shard)
             yield {name: rows[:, place] for place, name in enumerate(COLUMNS)}
 
     def read(self, row: int, media: bool = True) -> StoredRow:
@@ -270,7 +281,7 @@ class ShardReader:
             ShardError: the shard changed since it was opened, or the row's members are not what the index says.
         """
         shard, local = self._locate(row)
-        offset, head, total = (int(value) for value in self._rows[shard][local, :3])
+        offset, head, total = (int(value) for value in self._table(shard)[local, :3])
         size = total if media else head
         where = f"{self.folder / self.index.shards[shard].file}, row {row}"
         data = self._file(shard).read(offset, size)
@@ -291,6 +302,21 @@ class ShardReader:
             raise IndexError(f"row {row} of {len(self)} in {self.folder}")
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, row - int(self._ends[shard]) + self.index.shards[shard].rows
+
+    def _table(self, shard: int) -> npt.NDArray[np.int64]:
+        """One shard's rows.npy, mapped; the shard is checked when it is mapped.
+
+        Raises:
+            ShardError: it is missing, truncated or foreign.
+        """
+        with self._table_lock:
+            table = self._tables.get(shard)
+            if table is None:
+                table = self._tables[shard] = _open_rows(self.folder, self.index.shards[shard])
+            self._tables.move_to_end(shard)
+            while len(self._tables) > OPEN_TABLES:
+                self._tables.popitem(last=False)
+            return table
 
     def _file(self, shard: int) -> _File:
         with self._lock:

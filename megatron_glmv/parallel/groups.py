@@ -40,7 +40,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_s: float | None = None
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
-        create_gloo_process_groups=config.distributed_optimizer,
+        create_gloo_process_groups=False,  # nothing here gathers over gloo, and each would join every replica with every other
         distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
     )
     seed_generators(seed)

@@ -1,8 +1,8 @@
 """Bytes that a forward pass keeps for its backward pass, by tower, layer spec, recomputation and layout.
 
-The ``torch`` spec is counted tensor by tensor and held to what autograd really keeps (tests/plan/test_activations.py). The ``te``
-spec keeps less: its norms keep their input and a number a token, its attention keeps query, key, value, output and a number a
-head, its gated product keeps one input. That count is read from Transformer Engine's modules and has not been measured here.
+The ``torch`` spec is counted tensor by tensor and held to what autograd really keeps (tests/plan/test_activations.py). The
+``te`` spec keeps less: its norms keep their input and a number a token, its attention keeps query, key, value, output and a
+number a head, its gated product keeps one input. That count is read from Transformer Engine's modules and not measured here.
 
 Letters: S tokens of this context rank, s of this tensor rank under sequence parallelism (else S), h width, a and k channels of
 this rank's queries and keys, f of this rank's MLP, e bytes of an element.

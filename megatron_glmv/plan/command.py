@@ -67,9 +67,8 @@ def run(request: PlanRequest) -> None:
     print(report.describe(plan, rows, layer_spec(config)))
     found = Found((), 0, None)
     if request.layouts:
-        found = search(
-            config, gpus, hardware, rows, keep=request.layouts, answer_tokens=request.answer_tokens, align=_align(request)
-        )
+        align, answers = _align(request), request.answer_tokens
+        found = search(config, gpus, hardware, rows, keep=request.layouts, answer_tokens=answers, align=align)
         print(report.list_layouts(config, found.best, found.tried))
     if request.json_file is not None:
         tree = {"plan": report.to_tree(plan, config), "layouts": [report.to_tree(best, config) for best in found.best]}

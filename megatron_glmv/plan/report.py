@@ -21,9 +21,8 @@ _COLUMNS = ("stage", "layers", "rows held", "weights", "grads", "optim", "fp8", 
 def describe(plan: Plan, rows: RowSample, kind: str) -> str:
     """The whole account of one plan, a few lines a subject."""
     hardware, layout = plan.hardware, plan.config.parallel
-    stages = f"{layout.pipeline}" + (
-        f" ({', '.join(str(s.layers) for s in plan.stages)} layers)" if layout.pipeline > 1 else ""
-    )
+    split = ", ".join(str(stage.layers) for stage in plan.stages)
+    stages = f"{layout.pipeline} ({split} layers)" if layout.pipeline > 1 else "1"
     chunks = f" x virtual {layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
     lines = [
         f"layout      {plan.gpus:,} {hardware.name}: data {plan.data:,} x tensor {layout.tensor} x pipeline {stages}{chunks} x "
@@ -76,16 +75,14 @@ def _traffic_lines(plan: Plan) -> list[str]:
 
 
 def _assumption_lines(plan: Plan, kind: str) -> list[str]:
-    hardware = plan.hardware
+    hw = plan.hardware
     return [
-        f"assumed     layers {kind}; of the peaks products reach {hardware.matmul_efficiency:.0%} of "
-        f"{hardware.bf16_tflops:g} TFLOPS, attention {hardware.attention_efficiency:.0%}, memory "
-        f"{hardware.memory_efficiency:.0%} of {hardware.memory_gbs:g} GB/s,",
-        f"            links {hardware.link_efficiency:.0%} of {hardware.link_gbs:g} GB/s and {hardware.network_efficiency:.0%} of "
-        f"{hardware.network_gbs:g} GB/s between nodes of {hardware.gpus_per_node}; {hardware.overlap:.0%} of what is sent beside "
-        "computation hides;",
-        f"            {hardware.overhead_gb:g} GB of CUDA and NCCL, {hardware.fragmentation:.0%} of moving memory lost to "
-        "fragments (--hardware FILE.yaml)",
+        f"assumed     layers {kind}; products reach {hw.matmul_efficiency:.0%} of {hw.bf16_tflops:g} TFLOPS, attention "
+        f"{hw.attention_efficiency:.0%}; memory {hw.memory_efficiency:.0%} of {hw.memory_gbs:g} GB/s, links "
+        f"{hw.link_efficiency:.0%} of {hw.link_gbs:g} GB/s,",
+        f"            {hw.network_efficiency:.0%} of {hw.network_gbs:g} GB/s a GPU between nodes of {hw.gpus_per_node}; "
+        f"{hw.overlap:.0%} of what is sent beside computation hides; {hw.overhead_gb:g} GB of CUDA and NCCL,",
+        f"            {hw.fragmentation:.0%} of moving memory lost to fragments (--hardware FILE.yaml)",
     ]
 
 
@@ -94,10 +91,8 @@ def list_layouts(base: StageConfig, plans: Sequence[Plan], tried: int) -> str:
     lines = [f"layouts     the fastest of {tried:,} that fit on {plans[0].gpus:,} GPUs" if plans else "layouts     none fits"]
     for plan in plans:
         line = override_line(base, plan.config) or "(as configured)"
-        lines.append(
-            f"            {plan.step_s:8.2f} s  MFU {plan.mfu:5.1%}  {plan.memory / GB:5.1f} GB  bubble {plan.timeline.bubble:5.1%}"
-            f"   {line}"
-        )
+        facts = f"{plan.step_s:8.2f} s  MFU {plan.mfu:5.1%}  {plan.memory / GB:5.1f} GB  bubble {plan.timeline.bubble:5.1%}"
+        lines.append(f"            {facts}   {line}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The rows that a plan reckons with: measured from packed data where it is on disk, assumed otherwise.
 
-A shard's table holds tokens and patches of each row, which is what the skew of the vision tower comes from. It does not hold the
-lengths of documents and frames; for these a data set's averages, and an assumed picture, stand.
+A shard's table holds tokens and patches of each row, which is what the skew of the vision tower comes from. It does not hold
+the lengths of documents and frames; for these a data set's averages, and an assumed picture, stand.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Megatron's pipeline schedules played through with the time that each stage takes for each row.
 
 (p - 1) / m is the bubble of equal stages and equal rows. Here stages differ (the vision tower stands on the first, the output
-layer on the last) and so do rows, so the order of forward and backward passes is laid out as Megatron lays it out, and every pass
-begins when its stage is free and its input has come.
+layer on the last) and so do rows, so the order of forward and backward passes is laid out as Megatron lays it out, and every
+pass begins when its stage is free and its input has come.
 
 Source: megatron-core 0.16.1, pipeline_parallel/schedules.py (`forward_backward_pipelining_without_interleaving`,
 `forward_backward_pipelining_with_interleaving`, `get_pp_rank_microbatches`, `get_schedule_table`).

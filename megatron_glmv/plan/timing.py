@@ -122,8 +122,9 @@ class StageTimes:
         kept = replace(layer, kind="te").kept("none") / _memory_rate(self.hardware)
         going = forward[0] / products + forward[1] / attention + FORWARD_PASSES * kept
         back = backward[0] / products + FLASH_BACKWARD * backward[1] / attention
-        back += BACKWARD_PASSES * kept if sum(backward) else 0.0
-        back += going if how == "full" and sum(backward) else forward[1] / attention if how == "selective" else 0.0
+        if backward[0] + backward[1]:
+            back += BACKWARD_PASSES * kept
+            back += going if how == "full" else forward[1] / attention if how == "selective" else 0.0
         return Seconds(Cost(going), Cost(back))
 
     def _collectives(self, layer: Layer, passes: bool, how: str) -> tuple[Seconds, float]:

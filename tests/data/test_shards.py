@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_glmv.data import shards
 from megatron_glmv.data.index import ShardError, check_compatible, read_index
 from megatron_glmv.data.shards import OPEN_SHARDS, Picture, ShardReader, ShardWriter
 from megatron_glmv.sequence.packed import Document
@@ -157,6 +158,20 @@ def test_damage_is_one_line_at_the_start(folder, file, damage, message):
         ShardReader(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_shards_beyond_those_checked_at_the_start_are_checked_when_first_read(folder, monkeypatch):
+    monkeypatch.setattr(shards, "CHECKED_SHARDS", 1)
+    monkeypatch.setattr(shards, "OPEN_TABLES", 1)
+    rows = [ShardReader(folder).measures(row) for row in (7, 0, 7)]
+    assert rows[0] == rows[2] != rows[1]
+    reader = ShardReader(folder)
+    lost = reader.index.shards[-1].file
+    (folder / lost).unlink()
+    reader = ShardReader(folder)
+    reader.read(0)
+    with pytest.raises(ShardError, match=f"{lost}: the shard cannot be found"):
+        reader.read(7)
 
 
 def test_a_shard_that_changes_under_a_reader(folder):
