@@ -26,7 +26,7 @@ PLAN = """\
 Arithmetic, no GPU and no torch: memory of every pipeline stage, the schedule played through, traffic, step time, MFU and days,
 and the fastest layouts that fit, each with the overrides to append. Weights, gradients and optimizer state are exact;
 activations are counted tensor by tensor; times come from the GPU's peaks and stated efficiencies. Rows are measured from
-packed data where it is on disk, else assumed. Ends with 1 where the layout does not fit, naming what is missing and the smallest
+packed data where it is on disk, else assumed. Ends with 1 where the layout does not fit, naming what is missing and the least
 change that fits. --hardware takes a YAML file of fields that differ, as matmul_efficiency: 0.6 or network_gbs: 25.
 """
 

@@ -1,0 +1,254 @@
+"""How far `glmv plan` is from what runs: bytes kept for the backward pass, and ratios of step times, on two CPU ranks.
+
+    python benchmarks/plan.py [--rounds 3] [--rows 8]
+
+The planner gets this machine as hardware: products, attention, memory and messages are timed first, one thread a rank, and all
+efficiencies are 1. Then steps of a small model are timed in several layouts, densities of pictures and recomputations, and
+compared as ratios to the first line, for what a CPU does in a second says nothing of a GPU. Bytes are compared as they are.
+State (weights, gradients, optimizer) is exact and not in the table: tests/plan/test_weights.py holds it to every byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_glmv.config.base import validate
+from megatron_glmv.config.model import PRESETS, ModelShape
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.parallel import groups
+from megatron_glmv.plan.activations import row_bytes
+from megatron_glmv.plan.devices import Hardware
+from megatron_glmv.plan.estimate import estimate
+from megatron_glmv.plan.rows import RowSample
+from megatron_glmv.sequence.packed import Document, PackedSequence, pack
+from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
+from megatron_glmv.training.optimizer import step_optimizer
+from megatron_glmv.training.step import chunk_inputs, run_schedule
+
+LENGTH, SIDE = 512, 8
+DOCUMENTS = (112, 120, 136, 144)
+"""Tokens of the documents of every row."""
+CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("data 2", 8, {}),
+    ("data 2, text only", 0, {}),
+    ("data 2, three times the pictures", 24, {}),
+    ("data 2, full recompute", 8, {"recompute": {"text": "full", "vision": "full"}}),
+    ("data 2, frozen tower and merger", 8, {"model": {"freeze": ["vision", "merger"]}}),
+    ("tensor 2", 8, {"parallel": {"tensor": 2}}),
+    ("context 2", 8, {"parallel": {"context": 2}}),
+    ("pipeline 2, 4 + 4 layers", 24, {"parallel": {"pipeline": 2}}),
+    ("pipeline 2, 2 + 6 layers", 24, {"parallel": {"pipeline": 2, "first_stage_layers": 2}}),
+    ("pipeline 2, 0 + 8 layers", 24, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}),
+)
+"""Name, pictures of a row, changes of the configuration."""
+
+
+def architecture(folder: Path) -> ModelShape:
+    """A model whose products are large enough to count: both towers of the quickstart's, wider and deeper."""
+    tree = json.loads((PRESETS / "digits.json").read_text(encoding="utf-8"))
+    tree["text_config"] |= {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+                            "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+    tree["text_config"]["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [4, 6, 6]}
+    tree["vision_config"] |= {"hidden_size": 256, "depth": 6, "num_heads": 4, "out_hidden_size": 512, "intermediate_size": 1024}
+    if int(os.environ.get("RANK", "0")) == 0:
+        (folder / "config.json").write_text(json.dumps(tree))
+    return ModelShape.from_hf(tree, "benchmark")
+
+
+def make_row(shape: ModelShape, pictures: int, seed: int) -> PackedSequence:
+    """Four documents, the pictures dealt to them."""
+    random, tokens = np.random.default_rng(seed), shape.tokens
+    documents = []
+    for number, length in enumerate(DOCUMENTS):
+        own = pictures // 4 + (number < pictures % 4)
+        visual = [t for _ in range(own) for t in (tokens.image_start, *[tokens.image] * (SIDE**2 // 4), tokens.image_end)]
+        words = random.integers(100, 300, length - len(visual))
+        ids = np.concatenate((np.array(visual, dtype=np.int64), words))
+        documents.append(Document(ids, np.ones(len(ids), np.float32), ((SIDE, SIDE),) * own, str(number)))
+    size = (pictures * SIDE**2, shape.vision.patch_dim)
+    patches = torch.from_numpy(random.integers(0, 256, size, dtype=np.uint8)) if pictures else None
+    return pack(documents, LENGTH, image_token=tokens.image, pad_token=tokens.pad, align=8, patches=patches, key=str(seed))
+
+
+def config_of(folder: Path, rows: int, changes: dict[str, Any]) -> TrainConfig:
+    """One case's configuration: fp32 and no overlap, which threads of one core cannot give."""
+    return validate(TrainConfig, {
+        "run_folder": folder, "steps": 1, "global_batch_rows": rows, "optimizer": {"lr": 0.0},
+        "model": {"hf_folder": folder, "load_weights": False, **changes.get("model", {})},
+        "parallel": {"overlap": False, **changes.get("parallel", {})}, "precision": {"dtype": "fp32", "layers": "torch"},
+        "recompute": changes.get("recompute", {}),
+        "data": {"sequence_length": LENGTH, "sources": [{"name": "none", "path": "unused"}]},
+    })  # fmt: skip
+
+
+def measure_hardware() -> Hardware:
+    """This machine as the planner sees GPUs: one rank, while the other one works, too."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    products = 2 * 1024**3 / _seconds(lambda: a @ b)
+    query = torch.randn(4, 8, LENGTH // 4, 64)
+    pairs = 4 * 8 * 64 * 4 * (LENGTH // 4) * (LENGTH // 4 + 1) // 2
+    attention = pairs / _seconds(lambda: F.scaled_dot_product_attention(query, query, query, is_causal=True))
+    large, other = torch.randn(1 << 22), torch.randn(1 << 22)
+    memory = 3 * large.nbytes / _seconds(lambda: torch.add(large, other, out=large))
+    message, small = torch.zeros(1 << 20), torch.zeros(1)
+    link = message.nbytes / _seconds(lambda: dist.all_reduce(message))  # two ranks send each other all of it once
+    latency = _seconds(lambda: dist.all_reduce(small))
+    found = torch.tensor([products, attention, memory, link, latency], dtype=torch.float64)
+    dist.all_reduce(found)
+    products, attention, memory, link, latency = (found / dist.get_world_size()).tolist()
+    return Hardware(
+        name="cpu", memory_gb=1000, fp32_tflops=products / 1e12, bf16_tflops=products / 1e12, memory_gbs=memory / 1e9,
+        link_gbs=link / 1e9, network_gbs=link / 1e9, matmul_efficiency=1, attention_efficiency=min(1.0, attention / products),
+        memory_efficiency=1, link_efficiency=1, network_efficiency=1, latency_us=latency * 1e6, overlap=0,
+    )  # fmt: skip
+
+
+def _seconds(call: Callable[[], Any], rounds: int = 7) -> float:
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+class _Kept:
+    """A tensor that autograd has put away."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def run_case(config: TrainConfig, rows: list[PackedSequence], rounds: int) -> tuple[float, float, int]:
+    """Median seconds of a step, the busiest rank's computing seconds in it, and bytes that a row keeps."""
+    groups.initialize(config.parallel, seed=1)
+    assembly = assemble(config, assemble_model(config))
+    share = len(rows) // groups.data_size()
+    own = rows[groups.data_rank() * share :][:share]
+    for chunk in assembly.chunks:
+        chunk.train()
+    kept = _kept_by_a_row(assembly, own[0]) if config.parallel.pipeline == 1 else 0
+    seconds, computing = [], []
+    for _ in range(rounds):
+        dist.barrier()
+        started, began = time.perf_counter(), time.process_time()
+        _step(assembly, own)
+        computing.append(time.process_time() - began)
+        dist.barrier()
+        seconds.append(time.perf_counter() - started)
+    busiest = torch.tensor(statistics.median(computing))
+    dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+    parallel_state.destroy_model_parallel()
+    return statistics.median(seconds), float(busiest), kept
+
+
+def _step(assembly: Assembly, rows: list[PackedSequence]) -> None:
+    for chunk in assembly.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    assembly.optimizer.zero_grad()
+    run_schedule(assembly, rows, forward_only=False)
+    step_optimizer(assembly.optimizer)
+
+
+def _kept_by_a_row(assembly: Assembly, row: PackedSequence) -> int:
+    """Bytes of all storages that autograd keeps of one row's forward pass, but those of weights; one stage."""
+    model, kept = assembly.chunks[0], weakref.WeakSet[_Kept]()
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.module.parameters()}
+
+    def put_away(tensor: torch.Tensor) -> _Kept:
+        holder = _Kept(tensor)
+        kept.add(holder)
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(put_away, lambda holder: holder.tensor):
+        losses = model(chunk_inputs(assembly.config, row, model.module))
+    gc.collect()
+    storages = {holder.tensor.untyped_storage().data_ptr(): holder.tensor.untyped_storage().nbytes() for holder in kept}
+    del losses
+    return sum(size for place, size in storages.items() if place not in owned)
+
+
+def predict(config: TrainConfig, hardware: Hardware, pictures: int) -> tuple[float, float, float]:
+    """Seconds of a step, of them the busiest stage's, and bytes that a row keeps on one stage."""
+    patches = float(pictures * SIDE**2)
+    rows = RowSample(np.array([float(LENGTH)]), np.array([patches]), LENGTH / 4, float(SIDE**2), "made")
+    plan = estimate(config, dist.get_world_size(), hardware, rows)
+    row = row_bytes(config, patches, "torch")
+    kept = row.vision + row.merger + row.entry[0] + config.model.shape.text.num_layers * row.text + row.head
+    return plan.step_s, max(plan.timeline.busy) + plan.optimizer_s, kept
+
+
+def work(num_rows: int, rounds: int, folder: Path) -> None:
+    """One rank's part; rank 0 prints the tables."""
+    torch.set_num_threads(1)
+    shape = architecture(folder)
+    base = config_of(folder, num_rows, {})
+    groups.initialize(base.parallel, seed=1)
+    hardware = measure_hardware()
+    parallel_state.destroy_model_parallel()
+    lines, reference = [], None
+    for name, pictures, changes in CASES:
+        config = config_of(folder, num_rows, changes)
+        rows = [make_row(shape, pictures, seed) for seed in range(num_rows)]
+        measured, predicted = run_case(config, rows, rounds), predict(config, hardware, pictures)
+        reference = reference or (measured, predicted)
+        lines.append(_line(name, measured, predicted, reference))
+    if dist.get_rank() == 0:
+        rates = f"{hardware.fp32_tflops * 1e3:.0f} GFLOPS, attention {hardware.attention_efficiency:.2f} of it"
+        print(f"one rank: {rates}, memory {hardware.memory_gbs:.1f} GB/s, messages {hardware.link_gbs:.2f} GB/s\n")
+        print("| case | MB a row keeps | planned | computing of the busiest rank | planned | seconds of a step | planned |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print("\n".join(lines))
+    groups.destroy()
+
+
+def _line(name: str, measured: tuple[float, ...], predicted: tuple[float, ...], reference: Any) -> str:
+    (step, computing, kept), (planned_step, planned_busy, planned_kept) = measured, predicted
+    (base_step, base_computing, _), (base_planned, base_busy, _) = reference
+    bytes_shown = f"{kept / 1e6:.1f} | {planned_kept / kept - 1:+.1%}" if kept else "| "
+    busy, planned = computing / base_computing, planned_busy / base_busy
+    ratio, planned_ratio = step / base_step, planned_step / base_planned
+    return (
+        f"| {name} | {bytes_shown} | x {busy:.2f} | x {planned:.2f} ({planned / busy - 1:+.0%}) | x {ratio:.2f} | "
+        f"x {planned_ratio:.2f} ({planned_ratio / ratio - 1:+.0%}) |"
+    )
+
+
+def main() -> None:
+    """Start the ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8, help="of a step, over both ranks")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if "RANK" in os.environ:
+        work(arguments.rows, arguments.rounds, arguments.folder)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "max_restarts": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        launch = LaunchConfig(1, 1, 2, run_id="plan", **here)
+        elastic_launch(launch, sys.executable)(str(Path(__file__).resolve()), *sys.argv[1:], "--folder", folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The plan as a whole: the command line, what its numbers must do when the configuration changes, and the search."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_glmv.cli import main
+from megatron_glmv.config.base import ConfigError, load
+from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.data.index import COLUMNS, PackedIndex, ShardEntry, write_index
+from megatron_glmv.plan.devices import find_hardware
+from megatron_glmv.plan.estimate import Plan, estimate
+from megatron_glmv.plan.flops import forward_flops, training_flops
+from megatron_glmv.plan.rows import RowAssumptions, RowSample, sample_rows
+from megatron_glmv.plan.search import override_line, search
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+H100 = find_hardware("h100")
+
+
+def stage(*overrides: str) -> TrainConfig:
+    return load(TrainConfig, [EXAMPLES / "pretrain.yaml"], overrides)
+
+
+def rows_of(config: TrainConfig, images: float = 8.0) -> RowSample:
+    return sample_rows(config, RowAssumptions(images_per_row=images))
+
+
+def plan(*overrides: str, gpus: int = 512, images: float = 8.0, **options: Any) -> Plan:
+    config = stage(*overrides)
+    return estimate(config, gpus, H100, rows_of(config, images), **options)
+
+
+def test_the_9b_in_the_layout_of_the_paper() -> None:
+    """Bounds by hand: 10.29e9 / 2 weights of 2 bytes, gradients of 4; no plan beats the assumed share of the peak."""
+    found = plan()
+    state = found.stages[0].state
+    assert 10.2e9 < state.weights < 10.4e9
+    assert state.gradients == 2 * state.weights
+    assert state.optimizer == pytest.approx(12 * 10.29e9 / 2 / 256, rel=0.01)
+    assert found.fits
+    assert 0.3 < found.mfu < H100.matmul_efficiency
+    work = training_flops(found.config.model.shape, [1024] * 8, [(32, 32)] * 8)
+    assert found.mfu == pytest.approx(work.total * 1536 / (found.step_s * 512 * 989.4e12))
+
+
+def test_more_gpus_share_the_optimizer_and_the_rows() -> None:
+    few, many = plan(gpus=64), plan(gpus=512)
+    assert few.stages[0].state.optimizer > 7.5 * many.stages[0].state.optimizer
+    assert 7.5 < few.step_s / many.step_s <= 8.0
+
+
+def test_recomputation_trades_time_for_memory() -> None:
+    none, vision, both = plan(), plan("recompute.vision=full"), plan("recompute.vision=full", "recompute.text=full")
+    assert none.memory > vision.memory > both.memory
+    assert none.step_s < vision.step_s < both.step_s
+    # The decoder's forward pass once more: at most a third, and at least a quarter of its work.
+    assert 1.2 < both.step_s / none.step_s < 4 / 3 + 0.01
+
+
+def test_pictures_slow_the_first_stage_alone_and_fewer_layers_there_even_it_out() -> None:
+    """A merged token costs the tower about 14 decoder layers: where every token is visual, 54 layers' work on 4 stages."""
+    even = ["parallel.pipeline=4"]
+    text, pictures = plan(*even, images=0), plan(*even, images=32)
+    assert pictures.timeline.busy[1:] == text.timeline.busy[1:]
+    assert pictures.timeline.busy[0] > 2 * text.timeline.busy[0]
+    shifted = plan(*even, "parallel.first_stage_layers=1", images=32)
+    assert shifted.step_s < 0.75 * pictures.step_s
+    shape = stage().model.shape
+    layer = forward_flops(shape, [1], []).text_linear / 40
+    assert 13 < forward_flops(shape, [], [(32, 32)]).vision / 256 / layer < 16
+
+
+def test_frozen_parts_and_adapters_need_no_state() -> None:
+    whole, frozen = plan(), plan("model.freeze=[vision, merger]")
+    assert frozen.stages[0].state.gradients < whole.stages[0].state.gradients
+    assert frozen.stages[0].activations < whole.stages[0].activations
+    lora = load(TrainConfig, [EXAMPLES / "lora.yaml"])
+    adapted = estimate(lora, 8, H100, rows_of(lora))
+    assert adapted.stages[0].state.gradients < 0.02 * whole.stages[0].state.gradients
+
+
+def test_context_ranks_share_tokens_but_each_runs_the_whole_tower() -> None:
+    one = plan("parallel.context=1", "data.sequence_length=32768", images=32)
+    four = plan("parallel.context=4", "data.sequence_length=32768", images=32)
+    assert four.timeline.busy[0] > one.timeline.busy[0] / 4 * 1.3
+    assert four.traffic.context > 0 == one.traffic.context
+
+
+def test_fp8_copies_are_counted_where_they_are_made() -> None:
+    assert plan().stages[0].fp8 == 0
+    text, both = plan("precision.fp8_text=current"), plan("precision.fp8_text=current", "precision.fp8_vision=current")
+    assert 0 < text.stages[0].fp8 < both.stages[0].fp8
+    assert text.step_s < plan().step_s
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 96, 3072, 10_000])
+def test_works_for_any_number_of_gpus(gpus: int) -> None:
+    config = stage("parallel.tensor=1") if gpus == 1 else stage(f"global_batch_rows={gpus}")
+    assert estimate(config, gpus, H100, rows_of(config)).step_s > 0
+
+
+def test_rows_of_different_density_make_replicas_wait() -> None:
+    config = stage("parallel.pipeline=2")
+    patches = np.where(np.arange(1000) % 10 == 0, 40960.0, 4096.0)
+    mixed = RowSample(np.full(1000, 8192.0), patches, 1024.0, 1024.0, "made up")
+    alike = RowSample(np.full(1, 8192.0), np.full(1, patches.mean()), 1024.0, 1024.0, "made up")
+    uneven, even = (estimate(config, 512, H100, rows) for rows in (mixed, alike))
+    assert even.skew == 1.0
+    assert uneven.skew > 1.1
+    assert uneven.stages[0].activations > even.stages[0].activations
+
+
+def write_table(folder: Path, patches: list[int], tokens: int = 8000) -> None:
+    """A data set's index and row tables; nothing else is read for a plan."""
+    folder.mkdir()
+    shards = []
+    for number, part in enumerate((patches[: len(patches) // 2], patches[len(patches) // 2 :])):
+        table = np.zeros((len(part), len(COLUMNS)), np.int64)
+        table[:, COLUMNS.index("tokens")], table[:, COLUMNS.index("patches")] = tokens, part
+        np.save(folder / f"s{number}.rows.npy", table)
+        shards.append(ShardEntry(file=f"s{number}.tar", rows=len(part), size_bytes=1, index=f"s{number}.rows.npy"))
+    limits = {"min_pixels": 1, "max_pixels": 2}
+    write_index(
+        folder,
+        PackedIndex.model_validate(
+            {"length": 8192, "align": 8, "num_rows": len(patches), "num_samples": 4 * len(patches),
+             "num_tokens": tokens * len(patches), "vocab_size": 151552, "tokens": {"image": 1, "pad": 2},
+             "image_limits": limits, "shards": shards}
+        ),
+    )  # fmt: skip
+
+
+def test_rows_are_measured_where_data_is_on_disk(tmp_path: Path) -> None:
+    write_table(tmp_path / "a", [1000] * 60)
+    write_table(tmp_path / "b", [5000] * 60, tokens=6000)
+    rows = sample_rows(stage(), RowAssumptions(), [tmp_path / "a", tmp_path / "b"])
+    assert rows.mean_patches == 3000
+    assert rows.mean_tokens == 7000
+    assert rows.document_tokens == 1750
+    assert rows.max_patches == 5000
+    assert rows.origin.startswith("measured")
+    source = f"data.sources=[{{name: a, path: {tmp_path / 'a'}, weight: 3}}, {{name: b, path: {tmp_path / 'b'}, weight: 1}}]"
+    weighed = sample_rows(stage(source), RowAssumptions())
+    assert weighed.mean_patches == 2000
+    assert sample_rows(stage(source), RowAssumptions(images_per_row=2)).origin.startswith("assumed")
+
+
+def test_search_finds_layouts_that_fit_and_says_how_to_get_them() -> None:
+    config = stage("parallel.pipeline=8", "global_batch_rows=128")
+    found = search(config, 64, H100, rows_of(config), keep=3)
+    current = estimate(config, 64, H100, rows_of(config))
+    assert len(found.best) == 3
+    assert all(best.fits and best.gpus == 64 for best in found.best)
+    assert found.best[0].step_s < current.step_s
+    assert [best.step_s for best in found.best] == sorted(best.step_s for best in found.best)
+    line = override_line(config, found.best[0].config)
+    again = load(TrainConfig, [EXAMPLES / "pretrain.yaml"], ["parallel.pipeline=8", "global_batch_rows=128", *line.split()])
+    assert again.parallel == found.best[0].config.parallel
+    assert again.recompute == found.best[0].config.recompute
+
+
+def test_command_line_plans_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "plan.json"
+    code = main(["plan", str(EXAMPLES / "pretrain.yaml"), "--gpus", "64", "--layouts", "1", "--json", str(target), "steps=5000",
+                 "global_batch_rows=64"])  # fmt: skip
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "MFU" in out
+    assert "assumed: full rows" in out
+    tree = json.loads(target.read_text())
+    assert tree["plan"]["gpus"] == 64
+    assert tree["plan"]["fits"]
+    assert len(tree["layouts"]) == 1
+    assert tree["plan"]["memory_bytes"] == max(stage["total"] for stage in tree["plan"]["stages"])
+
+
+def test_what_does_not_fit_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(EXAMPLES / "pretrain.yaml"), "--gpus", "8", "--layouts", "0", "--memory-gb", "60"]
+    assert main(arguments) == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("glmv: error: does not fit: a rank needs")
+    assert "\n" not in line
+    change = line.rpartition("the smallest change that fits: ")[2].rpartition(" (")[0].split()
+    assert len(change) >= 1
+    assert main([*arguments, *change]) == 0
+
+
+def test_without_gpus_the_fewest_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", str(EXAMPLES / "pretrain.yaml"), "--layouts", "0"])
+    first = int(capsys.readouterr().out.split()[1])
+    fewer = [size for size in range(2, first, 2) if 1536 % (size // 2) == 0]
+    assert plan(gpus=first).fits
+    assert not any(plan(gpus=size).fits for size in fewer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "b9"], "--gpu: 'b9' is not known; there are a100, h100, h200"),
+        (["--gpus", "10000"], "--gpus 3,072 can be used"),
+        (["--gpus", "0"], "--gpus: 0 is too small"),
+        (["--gpus", "8", "--data", "nowhere"], "nowhere/index.json: no such file"),
+    ],
+)
+def test_faults_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(EXAMPLES / "pretrain.yaml"), "--layouts", "0", *arguments]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_hardware_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nmatmul_efficiency: 0.34\nnetwork_gbs: 25\n")
+    mine = find_hardware("h100", file, memory_gb=40)
+    assert (mine.memory_gb, mine.network_gbs, mine.link_gbs) == (40, 25, H100.link_gbs)
+    config = stage()
+    assert estimate(config, 512, mine, rows_of(config)).step_s > 1.5 * plan().step_s
+    file.write_text("matmul: 1")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: matmul: unknown key"):
+        find_hardware("h100", file)
+
+
+def test_every_example_can_be_planned_without_torch() -> None:
+    code = (
+        "import sys\nfrom megatron_glmv.cli import main\n"
+        "for name in sys.argv[1:]:\n    main(['plan', name, '--gpus', '512', '--layouts', '0'])\n"
+        "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules\n"
+    )
+    names = [str(EXAMPLES / f"{name}.yaml") for name in ("pretrain", "long_context", "rl")]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("MFU") == 3
