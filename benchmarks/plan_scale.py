@@ -2,9 +2,9 @@
 
     python benchmarks/plan_scale.py [--gpus 64 256 1024 4096] [--gpu h100] > table.md
 
-Layouts come from the planner's search; beside them stands what the stage's own file asks for. Groups are counted by Megatron's own
-`initialize_model_parallel` in a process that believes to be rank 0 of so many (torch's fake process groups): all that are made,
-and those that rank 0 is a member of, which alone open connections.
+Layouts come from the planner's search; beside them stands what the stage's own file asks for. Groups are counted by Megatron's
+own `initialize_model_parallel` in a process that believes to be rank 0 of so many (torch's fake process groups): all that are
+made, and those that rank 0 is a member of, which alone open connections.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_glmv.config.base import load
+from megatron_glmv.config.base import ConfigError, load
 from megatron_glmv.config.parallel import ParallelConfig
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import groups
@@ -60,20 +60,22 @@ def main() -> None:
     for stage in STAGES:
         config = load(TrainConfig, [EXAMPLES / f"{stage}.yaml"])
         print(f"\n`examples/{stage}.yaml`: rows of {config.sequence_length:,} tokens, {config.global_batch_rows:,} a step\n")
-        print(
-            "| GPUs | overrides | GB | bubble | seconds a step | MFU | tokens/s a GPU | days | GPU-hours | groups: all, of a rank |"
-        )
-        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        columns = ["GPUs", "overrides", "GB", "bubble", "s a step", "MFU", "tokens/s a GPU", "days", "GPU-hours", "groups"]
+        print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
         for gpus in arguments.gpus:
             for plan in plans(config, gpus, hardware):
                 print(_line(plan, override_line(config, plan.config)), flush=True)
 
 
 def plans(config: TrainConfig, gpus: int, hardware: Hardware) -> list[Plan]:
-    """The layout of the file, and the best one if it is another."""
+    """The layout of the file where it can deal the batch to so many, and the best one if it is another."""
     rows = sample_rows(config, RowAssumptions())
-    own, best = estimate(config, gpus, hardware, rows), search(config, gpus, hardware, rows, keep=1).best
-    return [own, *(plan for plan in best if override_line(config, plan.config))]
+    best = search(config, gpus, hardware, rows, keep=1).best
+    try:
+        own = [estimate(config, gpus, hardware, rows)]
+    except ConfigError:
+        own = []
+    return [*own, *(plan for plan in best if override_line(config, plan.config))]
 
 
 def _line(plan: Plan, overrides: str) -> str:
