@@ -8,9 +8,34 @@ from typing import Any
 from megatron_glmv.config.training import TrainConfig
 
 
-def weigh_all(rank: int, trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each configuration, this rank's place in the layout, its parameters, and bytes of its state after an update."""
-    return [_weigh(TrainConfig.model_validate(tree)) for tree in trees]
+def weigh_all(
+    rank: int, trees: Sequence[dict[str, Any]], bucket_elements: int
+) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+    """For each configuration, this rank's place in the layout, its parameters, and bytes of its state after an update.
+
+    Beside them, for the last configuration, the buckets of its gradients where a bucket has so few elements.
+    """
+    return [_weigh(TrainConfig.model_validate(tree)) for tree in trees], _buckets(
+        TrainConfig.model_validate(trees[-1]), bucket_elements
+    )
+
+
+def _buckets(config: TrainConfig, bucket_elements: int) -> list[tuple[int, int]]:
+    """Start and end of each bucket of Megatron's buffer of one stage."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_glmv.parallel import groups
+    from megatron_glmv.training.assemble import assemble_model
+
+    groups.initialize(config.parallel, seed=1)
+    (model,) = assemble_model(config)
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True, bucket_size=bucket_elements
+    )
+    (buffer,) = DistributedDataParallel(model.config, options, model).buffers
+    parallel_state.destroy_model_parallel()
+    return buffer.bucket_indices
 
 
 def _weigh(config: TrainConfig) -> dict[str, Any]:
