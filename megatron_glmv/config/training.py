@@ -156,7 +156,12 @@ class StageConfig(Config):
         shape = self.model.shape
         self.parallel.check_model(shape)
         if self.model.lora is not None:
-            adapted_layers(self.model.lora, shape)
+            adapted = adapted_layers(self.model.lora, shape)
+            if self.parallel.vision == "images" and any("visual" in name for name in adapted):
+                raise ConfigError(
+                    "parallel.vision: images cannot be had with adapters in the vision tower or the merger; leave them out of "
+                    "model.lora, or use tensor"
+                )
         length, layout = self.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
         if self.precision.fp8_text != "off":
