@@ -31,7 +31,7 @@ from megatron_glmv.sequence.packed import Document
 BLOCK = 512
 OPEN_SHARDS = 128
 """Shards that one reader keeps open; fewer than the usual limit of 1,024 descriptors a process."""
-OPEN_TABLES = 1024
+OPEN_TABLES = 4096
 """Row tables that one reader keeps mapped; Linux gives a process 65,530 maps, and a billion samples have as many shards."""
 CHECKED_SHARDS = 1024
 """Shards whose files are looked at when a data set is opened, at even distances where there are more. Every rank does it: a
@@ -158,9 +158,7 @@ class ShardWriter:
         head = self._tar.offset - start
         for name, data in members:
             self._add(name, data)
-        patches = sum(rows * columns for document in documents for rows, columns in document.frames)
-        trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
-        self._rows.append((start, head, self._tar.offset - start, len(tokens), patches, trained))
+        self._rows.append((start, head, self._tar.offset - start, *_measure(documents)))
         self.num_rows += 1
         self.num_samples += len(documents)
         self.num_tokens += len(tokens)
@@ -248,8 +246,11 @@ class ShardReader:
         self.index = read_index(folder)
         self._tables: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
         self._table_lock = threading.Lock()
+        self._checked: set[int] = set()
         for shard in range(0, len(self.index.shards), -(-len(self.index.shards) // CHECKED_SHARDS)):
+            _check_size(folder, self.index.shards[shard])
             self._table(shard)
+            self._checked.add(shard)
         self._ends = np.cumsum([shard.rows for shard in self.index.shards])
         if int(self._ends[-1]) != self.index.num_rows:
             raise ShardError(f"{folder / INDEX}: num_rows is {self.index.num_rows}, the shards hold {self._ends[-1]}; {REPACK}")
@@ -260,7 +261,7 @@ class ShardReader:
         return self.index.num_rows
 
     def measures(self, row: int) -> dict[str, int]:
-        """The row's entry of rows.npy by column name: offsets in bytes, useful tokens, patches, trained tokens."""
+        """The row's entry of rows.npy by column name: offsets in bytes, useful and trained tokens, patches, sums of squares."""
         shard, local = self._locate(row)
         return dict(zip(COLUMNS, self._table(shard)[local].tolist(), strict=True))
 
@@ -304,10 +305,10 @@ class ShardReader:
         return shard, row - int(self._ends[shard]) + self.index.shards[shard].rows
 
     def _table(self, shard: int) -> npt.NDArray[np.int64]:
-        """One shard's rows.npy, mapped; the shard is checked when it is mapped.
+        """One shard's rows.npy, mapped.
 
         Raises:
-            ShardError: it is missing, truncated or foreign.
+            ShardError: it is missing or foreign.
         """
         with self._table_lock:
             table = self._tables.get(shard)
@@ -322,6 +323,9 @@ class ShardReader:
         with self._lock:
             file = self._files.get(shard)
             if file is None:
+                if shard not in self._checked:
+                    _check_size(self.folder, self.index.shards[shard])
+                    self._checked.add(shard)
                 file = self._files[shard] = _File(self.folder / self.index.shards[shard].file)
             self._files.move_to_end(shard)
             while len(self._files) > OPEN_SHARDS:
@@ -353,8 +357,8 @@ class _File:
             os.close(self._descriptor)
 
 
-def _open_rows(folder: Path, shard: ShardEntry) -> npt.NDArray[np.int64]:
-    """The row index of one shard, memory-mapped: it may be far larger than what one run touches."""
+def _check_size(folder: Path, shard: ShardEntry) -> None:
+    """Refuse a shard that is missing or truncated."""
     path = folder / shard.file
     try:
         size = path.stat().st_size
@@ -362,6 +366,10 @@ def _open_rows(folder: Path, shard: ShardEntry) -> npt.NDArray[np.int64]:
         raise ShardError(f"{path}: the shard cannot be found ({error.strerror}); copy it again or {REPACK}") from None
     if size != shard.size_bytes:
         raise ShardError(f"{path}: {size} bytes where the index says {shard.size_bytes}; copy the shard again or {REPACK}")
+
+
+def _open_rows(folder: Path, shard: ShardEntry) -> npt.NDArray[np.int64]:
+    """The row index of one shard, memory-mapped: it may be far larger than what one run touches."""
     path = folder / shard.index
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -370,6 +378,14 @@ def _open_rows(folder: Path, shard: ShardEntry) -> npt.NDArray[np.int64]:
     if rows.shape != (shard.rows, len(COLUMNS)) or rows.dtype != np.int64:
         raise ShardError(f"{path}: {rows.dtype} {rows.shape} where int64 {(shard.rows, len(COLUMNS))} is expected; {REPACK}")
     return rows
+
+
+def _measure(documents: Sequence[Document]) -> tuple[int, int, int, int, int]:
+    """What rows.npy holds of a row's contents, in the order of its columns."""
+    lengths = [len(document.tokens) for document in documents]
+    frames = [rows * columns for document in documents for rows, columns in document.frames]
+    trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
+    return sum(lengths), sum(frames), trained, sum(n**2 for n in lengths), sum(n**2 for n in frames)
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:

@@ -202,15 +202,28 @@ def text_layer(config: StageConfig, kind: Kind) -> Layer:
     )
 
 
+def own_patches(config: StageConfig, patches: float) -> float:
+    """Patches of a row that one rank of the first stage encodes: all of them, or its share where frames are dealt."""
+    layout = config.parallel
+    return patches / (layout.tensor * layout.context) if layout.vision == "images" else patches
+
+
 def vision_layer(config: StageConfig, patches: float, kind: Kind) -> Layer:
-    """One layer of the vision tower over all patches of a row: context ranks each compute all of them."""
+    """One layer of the vision tower.
+
+    Args:
+        config: the stage.
+        patches: of the row. Tensor ranks share its patches and context ranks each compute all of them, or, with
+            parallel.vision=images, each of these ranks computes its own frames.
+        kind: layer spec.
+    """
     vision, layout, precision = config.model.shape.vision, config.parallel, config.precision
-    tensor = layout.tensor
+    tensor, own = layout.vision_tensor, own_patches(config, patches)
     channels = vision.hidden_size // tensor
     return Layer(
-        full=patches,
-        part=patches / tensor if layout.sequence_parallel else patches,
-        keys=patches,
+        full=own,
+        part=own / tensor if layout.sequence_parallel else own,
+        keys=own,
         width=vision.hidden_size,
         query=channels,
         key=channels,
@@ -242,9 +255,11 @@ def _merger(config: StageConfig, patches: float, kind: Kind) -> float:
     """Everything of the vision stage but its layers."""
     shape, layout = config.model.shape, config.parallel
     vision, element = shape.vision, 2 if config.precision.dtype == "bf16" else 4
-    share = layout.tensor if layout.sequence_parallel else 1
+    share = layout.vision_tensor if layout.sequence_parallel else 1
+    features = element * vision.out_hidden_size * patches / vision.spatial_merge_size**2 / layout.context
+    patches = own_patches(config, patches)
     merged = patches / vision.spatial_merge_size**2
-    width, out, ffn = vision.hidden_size, vision.out_hidden_size, vision.merger_ffn_hidden_size // layout.tensor
+    width, out, ffn = vision.hidden_size, vision.out_hidden_size, vision.merger_ffn_hidden_size // layout.vision_tensor
     # Norm behind the embedding is ours in both specs; the one behind the layers is the spec's.
     entry = element * vision.patch_dim + _norm(element, width, "torch") + 4 * vision.position_grid**2
     leaving = _norm(element, width, kind)
@@ -252,7 +267,6 @@ def _merger(config: StageConfig, patches: float, kind: Kind) -> float:
     own = learning(config)
     tower = (entry + leaving) * patches / share + rotary if own.vision else 0.0
     gelu = element * (vision.spatial_merge_size**2 * width + 4 * out) + 2 * element
-    features = element * out * merged / layout.context
     return tower + gelu * merged / share + element * (5 if kind == "torch" else 3) * ffn * merged + features
 
 

@@ -14,16 +14,19 @@ import numpy.typing as npt
 from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.training import StageConfig, TrainConfig
+from megatron_glmv.data.deal import deal_rows
 from megatron_glmv.plan.activations import RowBytes, learning, row_bytes, text_layer
 from megatron_glmv.plan.devices import Hardware
 from megatron_glmv.plan.rows import RowSample
 from megatron_glmv.plan.schedule import Timeline, most_in_flight, play
 from megatron_glmv.plan.timing import StageTimes, data_rate, stage_rate, useful_flops
-from megatron_glmv.plan.weights import StateBytes, chunk_parameters, state_bytes
+from megatron_glmv.plan.weights import GRADIENT_BYTES, StateBytes, chunk_parameters, state_bytes
 
 MOST_PASSES = 200_000
-"""Passes that are played for the skew between replicas; where there are more, fewer replicas stand for all."""
-MOST_REPLICAS = 64
+"""Passes that are played for the skew between replicas, of those with most patches."""
+MOST_REPLICAS = 16
+DRAWN_STEPS = 4
+"""Steps that are drawn for it."""
 OPTIMIZER_BYTES = 34
 """Memory traffic of one element that a rank updates: gradient and its norm, fp32 weight, both moments, the bf16 weight."""
 PROMPT_TOKENS = 512
@@ -85,7 +88,7 @@ class Plan:
         rows: of the global batch.
         stages: memory of each pipeline stage.
         timeline: the schedule of one replica with mean rows.
-        skew: how much longer the slowest of all replicas takes, from rows drawn at random; 1 where rows are all alike.
+        skew: how much longer the slowest of all replicas takes, with rows drawn at random; 1 where rows are all alike.
         exposed_s: traffic of gradients and weights that nothing hides.
         optimizer_s: the update.
         traffic: by axis.
@@ -285,15 +288,20 @@ def _play_shortly(times: StageTimes, gpus: int, patches: npt.NDArray[np.float64]
 
 
 def _skew(times: StageTimes, gpus: int, data: int, each: int, rows: RowSample, mean: Timeline) -> float:
-    """Expected time of the slowest of all replicas over that of one with mean rows."""
+    """Time of the slowest of all replicas over that of one with mean rows, in steps of rows drawn at random."""
+    config = times.config
     if rows.patches.min() == rows.patches.max() or times.vision == times.vision * 0.0:
         return 1.0
-    passes = 2 * each * times.config.parallel.pipeline * times.config.parallel.virtual_pipeline
-    replicas = max(4, min(MOST_REPLICAS, MOST_PASSES // passes))
-    totals = sorted(_play(times, gpus, rows.draw(each, seed)).total for seed in range(replicas))
-    # The largest of `data` values drawn from these.
-    share = (np.arange(replicas + 1) / replicas) ** data
-    return float((np.array(totals) * np.diff(share)).sum()) / mean.total
+    dealt = not isinstance(config, TrainConfig) or config.data.even_ranks
+    passes = 2 * each * config.parallel.pipeline * config.parallel.virtual_pipeline
+    played = max(1, min(MOST_REPLICAS, MOST_PASSES // (passes * DRAWN_STEPS)))
+    slowest = []
+    for seed in range(DRAWN_STEPS):
+        drawn = rows.draw(each * data, seed)
+        replicas = drawn[np.array(deal_rows(drawn, data))] if dealt else drawn.reshape(data, each)
+        dense = np.argsort(-replicas.sum(1), kind="stable")[:played]
+        slowest.append(max(_play(times, gpus, replicas[replica]).total for replica in dense))
+    return float(np.mean(slowest)) / mean.total
 
 
 def _data_traffic(
@@ -326,7 +334,17 @@ def _data_traffic(
             reduced += weights / rate
         worst = max(worst, timeline.ends[stage] + reduced - timeline.total)
         most = max(most, gradients + weights)
-    return max(0.0, worst) + gathered, most
+    return max(0.0, worst) + gathered + _averaged(config, hardware), most
+
+
+def _averaged(config: StageConfig, hardware: Hardware) -> float:
+    """Seconds in which tensor ranks that encoded other frames average the vision tower's gradients, at the end of a step."""
+    layout = config.parallel
+    if layout.vision != "images" or layout.tensor == 1:
+        return 0.0
+    first = chunk_parameters(config.model, layout, 0)
+    elements = sum(p.elements for p in first if p.learns and p.part != "text")
+    return 2 * (layout.tensor - 1) / layout.tensor * GRADIENT_BYTES * elements / data_rate(hardware, 1, layout.tensor)
 
 
 def _hidden(sending: float, computing: float, overlap: float, hides: bool) -> float:

@@ -1,7 +1,7 @@
 """The rows that a plan reckons with: measured from packed data where it is on disk, assumed otherwise.
 
-A shard's table holds tokens and patches of each row, which is what the skew of the vision tower comes from. It does not hold
-the lengths of documents and frames; for these a data set's averages, and an assumed picture, stand.
+A shard's table holds tokens and patches of each row, which is what the skew of the vision tower comes from, and sums of the
+squares of its documents and frames, which is what attention costs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class RowSample:
     Attributes:
         tokens: [n] useful tokens of each row.
         patches: [n] patches of each row.
-        document_tokens: mean length of a document.
-        frame_patches: patches of one frame.
+        document_tokens: of the documents that, all alike, have as many pairs of tokens.
+        frame_patches: the same for frames and pairs of patches.
         origin: where the numbers come from, for the report.
     """
 
@@ -109,20 +109,21 @@ def _assumed(length: int, assumed: RowAssumptions) -> RowSample:
 
 
 def _measured(weighed: Sequence[tuple[Path, float]], missing: int, assumed: RowAssumptions) -> RowSample:
-    tokens, patches, lengths, total = [], [], 0.0, sum(weight for _, weight in weighed)
-    for folder, weight in weighed:
-        table = _sample_table(folder, max(1, round(SAMPLED_ROWS * weight / total)))
-        tokens.append(table[:, COLUMNS.index("tokens")])
-        patches.append(table[:, COLUMNS.index("patches")])
-        index = read_index(folder)
-        lengths += weight / total * index.num_tokens / index.num_samples
-    each = assumed.patches_per_image or PATCHES_PER_IMAGE
-    rows = sum(len(part) for part in tokens)
-    origin = f"measured: {rows:,} rows of {len(weighed)} data set{'s' if len(weighed) > 1 else ''}"
+    total = sum(weight for _, weight in weighed)
+    tables = [_sample_table(folder, max(1, round(SAMPLED_ROWS * weight / total))) for folder, weight in weighed]
+    table = np.concatenate(tables).astype(float)
+    tokens, patches, squared_tokens, squared_patches = (
+        table[:, COLUMNS.index(name)] for name in ("tokens", "patches", "squared_tokens", "squared_patches")
+    )
+    origin = f"measured: {len(table):,} rows of {len(weighed)} data set{'s' if len(weighed) > 1 else ''}"
     origin += f" ({missing} of the configuration are not here)" if missing else ""
-    origin += f"; frames of {each:g} patches assumed (--patches-per-image)"
-    documents = assumed.document_tokens or lengths
-    return RowSample(np.concatenate(tokens).astype(float), np.concatenate(patches).astype(float), documents, each, origin)
+    return RowSample(
+        tokens=tokens,
+        patches=patches,
+        document_tokens=assumed.document_tokens or float(squared_tokens.sum() / max(1.0, tokens.sum())),
+        frame_patches=assumed.patches_per_image or float(squared_patches.sum() / patches.sum() if patches.any() else 1.0),
+        origin=origin,
+    )
 
 
 def _sample_table(folder: Path, count: int) -> npt.NDArray[np.int64]:

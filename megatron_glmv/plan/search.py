@@ -24,7 +24,7 @@ MOST_CONTEXT = 32
 MOST_CHUNKS = 8
 RECOMPUTE = (("none", "none"), ("none", "full"), ("full", "none"), ("full", "full"))
 """Of decoder and vision tower. Selective is not tried: fused attention keeps no scores, so it frees almost nothing."""
-SEARCHED = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context",
+SEARCHED = ("tensor", "pipeline", "virtual_pipeline", "first_stage_layers", "last_stage_layers", "context", "vision",
             "distributed_optimizer")  # fmt: skip
 
 
@@ -113,20 +113,19 @@ def layouts(
             for pipeline in range(1, min(MOST_PIPELINE, shape.text.num_layers + 1) + 1):
                 if gpus % (tensor * context * pipeline):
                     continue
-                yield from _pipelines(config, tensor, context, pipeline, hardware, rows)
+                for vision in ("tensor", "images") if tensor * context > 1 else ("tensor",):
+                    cut = {"tensor": tensor, "context": context, "pipeline": pipeline, "vision": vision}
+                    yield from _pipelines(config, cut, hardware, rows)
 
 
-def _pipelines(
-    config: StageConfig, tensor: int, context: int, pipeline: int, hardware: Hardware, rows: RowSample
-) -> Iterator[ParallelConfig]:
+def _pipelines(config: StageConfig, cut: dict[str, Any], hardware: Hardware, rows: RowSample) -> Iterator[ParallelConfig]:
     """Even and uneven splits of one size of pipeline, plain and interleaved, checked against the model."""
-    layers = config.model.shape.text.num_layers
+    layers, pipeline = config.model.shape.text.num_layers, cut["pipeline"]
     own = config.parallel.model_dump() | dict.fromkeys(("first_stage_layers", "last_stage_layers"))
-    own |= {"tensor": tensor, "context": context, "pipeline": pipeline, "distributed_optimizer": True}
+    own |= {**cut, "distributed_optimizer": True}
+    wanted = wanted_layers(config, cut, hardware, rows) if pipeline > 1 else 0.0
     for chunks in range(1, (MOST_CHUNKS if pipeline > 1 else 1) + 1):
-        splits: list[int | None] = [None]
-        if pipeline > 1:
-            splits += nearest_splits(config, tensor, context, pipeline, chunks, hardware, rows)
+        splits = [None, *nearest_splits(layers, pipeline, chunks, wanted)] if pipeline > 1 else [None]
         for first in splits:
             try:
                 layout = ParallelConfig.model_validate(own | {"virtual_pipeline": chunks, "first_stage_layers": first})
@@ -139,22 +138,23 @@ def _pipelines(
             yield layout
 
 
-def nearest_splits(
-    config: StageConfig, tensor: int, context: int, pipeline: int, chunks: int, hardware: Hardware, rows: RowSample
-) -> list[int | None]:
-    """Layers for the first stage that come nearest to equal stages, given what the vision tower costs there."""
+def wanted_layers(config: StageConfig, cut: dict[str, Any], hardware: Hardware, rows: RowSample) -> float:
+    """Layers of the first stage with which all stages would take equally long, given what the vision tower costs there."""
     layers = config.model.shape.text.num_layers
-    flat = ParallelConfig(tensor=tensor, context=context, sequence=config.parallel.sequence)
+    flat = ParallelConfig.model_validate({**cut, "pipeline": 1, "sequence": config.parallel.sequence})
     times = StageTimes(config.model_copy(update={"parallel": flat}), hardware, rows)
-    layer = _both(times.text, rows.mean_patches)
-    tower = _both(times.vision, rows.mean_patches) / layer
-    wanted = max(0.0, (layers + tower) / pipeline - tower)
+    tower = _both(times.vision, rows.mean_patches) / _both(times.text, rows.mean_patches)
+    return max(0.0, (layers + tower) / cut["pipeline"] - tower)
+
+
+def nearest_splits(layers: int, pipeline: int, chunks: int, wanted: float) -> list[int]:
+    """Possible layers of the first stage that come nearest to a number."""
     possible = [
         first
         for first in range(0 if chunks == 1 else chunks, layers, chunks)
         if (layers - first) % ((pipeline - 1) * chunks) == 0
     ]
-    return [*sorted(possible, key=lambda first: abs(first - wanted))[:NEAREST_SPLITS]]
+    return sorted(possible, key=lambda first: abs(first - wanted))[:NEAREST_SPLITS]
 
 
 def _both(seconds: Any, patches: float) -> float:

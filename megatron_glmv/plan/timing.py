@@ -4,8 +4,8 @@ A pass is the sum of its matrix products, its attention, the memory traffic of e
 that computation waits for. Each is an amount over a peak times an assumed efficiency (plan/devices.py); nothing is fitted.
 Everything is linear in the patches of a row, for frames are of one size in a plan, so a pass is a constant and a slope.
 
-Source: plan/flops.py for the operations; the volumes of ring collectives; model/vision.py (every context rank runs the whole
-vision tower); megatron-core 0.16.1, tensor_parallel/layers.py (what is gathered and scattered, forward and backward).
+Source: plan/flops.py for the operations; the volumes of ring collectives; model/glm4v.py (how ranks share the vision tower);
+megatron-core 0.16.1, tensor_parallel/layers.py (what is gathered and scattered, forward and backward).
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ class StageTimes:
             back += going if how == "full" else forward[1] / attention if how == "selective" else 0.0
         return Seconds(Cost(going), Cost(back))
 
-    def _collectives(self, layer: Layer, passes: bool, how: str) -> tuple[Seconds, float]:
+    def _collectives(self, layer: Layer, tensor: int, passes: bool, how: str) -> tuple[Seconds, float]:
         """What a layer exchanges with the other tensor ranks: seconds, and bytes of both passes."""
-        tensor, hardware = self.config.parallel.tensor, self.hardware
+        hardware = self.hardware
         if tensor == 1:
             return Seconds(), 0.0
         volume = 4 * (tensor - 1) / tensor * layer.full * layer.width * layer.element
@@ -148,9 +148,9 @@ class StageTimes:
         forward = (work.forward.text_linear / depth / ranks, work.forward.text_attention / depth / ranks)
         backward = (work.backward.text_linear / depth / ranks, work.backward.text_attention / depth / ranks)
         seconds = self._layer(layer, forward, backward, config.precision.fp8_text, how)
-        collectives, sent = self._collectives(layer, sum(backward) > 0, how)
+        collectives, sent = self._collectives(layer, config.parallel.tensor, sum(backward) > 0, how)
         context, keys_sent = self._keys(layer, sum(backward) > 0, how)
-        return seconds + collectives + context + self._latency(), Sent(Cost(sent), Cost(keys_sent))
+        return seconds + collectives + context + self._latency(config.parallel.tensor), Sent(Cost(sent), Cost(keys_sent))
 
     def _keys(self, layer: Layer, passes: bool, how: str) -> tuple[Seconds, float]:
         """Keys and values that go round the context ranks, mostly beside attention; gradients of them on the way back."""
@@ -163,27 +163,37 @@ class StageTimes:
         return Seconds(Cost(waits), Cost(waits * times)), volume * (1 + times)
 
     def _vision(self) -> tuple[Seconds, Sent]:
-        """The tower and the merger over one patch, as slopes."""
-        config, work = self.config, self._work
-        how, shape = config.recompute.vision, config.model.shape
-        tensor, depth = config.parallel.tensor, shape.vision.num_layers
+        """The tower and the merger over one patch of a row, as slopes."""
+        config, work, layout = self.config, self._work, self.config.parallel
+        how, depth = config.recompute.vision, config.model.shape.vision.num_layers
         layer = vision_layer(config, 1.0, "te")
-        going, back = work.forward_patch, work.backward_patch
-        forward = (going.vision_linear / depth / tensor, going.vision_attention / depth / tensor)
-        backward = (back.vision_linear / depth / tensor, back.vision_attention / depth / tensor)
+        # Tensor ranks share the work of a patch, or tensor and context ranks share the patches.
+        ranks = layout.tensor * (layout.context if layout.vision == "images" else 1)
+        going, back = _scale(work.forward_patch, 1 / ranks), _scale(work.backward_patch, 1 / ranks)
+        forward = (going.vision_linear / depth, going.vision_attention / depth)
+        backward = (back.vision_linear / depth, back.vision_attention / depth)
         each = self._layer(layer, forward, backward, config.precision.fp8_vision, how)
-        collectives, sent = self._collectives(layer, sum(backward) > 0, how)
-        merger = Seconds(
-            Cost(going.merger / tensor / self._product_rate(config.precision.fp8_vision)),
-            Cost(back.merger / tensor / self._product_rate(config.precision.fp8_vision)),
-        )
-        tower = (each + collectives) * depth + merger
+        collectives, sent = self._collectives(layer, layout.vision_tensor, sum(backward) > 0, how)
+        rate = self._product_rate(config.precision.fp8_vision)
+        gather, gathered = self._features(back.vision + back.merger > 0)
+        tower = (each + collectives) * depth + Seconds(Cost(going.merger / rate), Cost(back.merger / rate)) + gather
         slope = Seconds(Cost(0.0, tower.forward.constant), Cost(0.0, tower.backward.constant))
-        return slope + self._latency() * depth, Sent(Cost(0.0, sent * depth))
+        return slope + self._latency(layout.vision_tensor) * depth, Sent(Cost(0.0, sent * depth + gathered))
 
-    def _latency(self) -> Seconds:
-        """Of a layer's four collectives among the tensor ranks, forward and backward."""
-        each = Cost(4e-6 * self.hardware.latency_us * (self.config.parallel.tensor > 1))
+    def _features(self, passes: bool) -> tuple[Seconds, float]:
+        """One patch's share of the features that ranks with dealt frames gather, and of their gradients on the way back."""
+        layout, vision = self.config.parallel, self.config.model.shape.vision
+        ranks = layout.tensor * layout.context
+        if layout.vision != "images" or ranks == 1:
+            return Seconds(), 0.0
+        element = 2 if self.config.precision.dtype == "bf16" else 4
+        volume = (ranks - 1) / ranks * element * vision.out_hidden_size / vision.spatial_merge_size**2
+        seconds = Cost(volume / self._context_link)
+        return Seconds(seconds, seconds * passes), volume * (1 + passes)
+
+    def _latency(self, tensor: int) -> Seconds:
+        """Of a layer's four collectives among its tensor ranks, forward and backward."""
+        each = Cost(4e-6 * self.hardware.latency_us * (tensor > 1))
         return Seconds(each, each)
 
     def _head(self) -> Seconds:

@@ -75,12 +75,13 @@ def chunk_parameters(model: ModelConfig, layout: ParallelConfig, stage: int, chu
     found: list[RankParameter] = []
     for module, names in groupby(_names(shape, layout, stage, chunk), key=lambda name: name.rpartition(".")[0]):
         part: Part = "vision" if module.startswith("vision_model") else "merger" if module.startswith("vision_p") else "text"
+        tensor = layout.tensor if part == "text" else layout.vision_tensor
         for own in (table[name] for name in names):
-            elements = math.prod(own.shape) // (1 if own.split == "whole" else layout.tensor)
+            elements = math.prod(own.shape) // (1 if own.split == "whole" else tensor)
             learns = lora is None and part not in model.freeze
             found.append(RankParameter(own.name, elements, part, learns, len(own.shape) == 2 and ".linear_" in own.name))
         if lora is not None and f"{module}.weight" in table:
-            found += _adapter(table[f"{module}.weight"], part, lora, shape, layout.tensor)
+            found += _adapter(table[f"{module}.weight"], part, lora, shape, tensor)
     return tuple(found)
 
 

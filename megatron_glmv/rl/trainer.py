@@ -31,6 +31,8 @@ from megatron_glmv.rl.types import Task
 from megatron_glmv.rl.weights import send_weights
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import Recorder
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.watchdog import Watchdog
@@ -60,6 +62,8 @@ class RlRun:
     recorder: Recorder | None
     """On the one rank that reports."""
     watchdog: Watchdog
+    observer: Observer
+    profiler: Profiler
 
 
 class Clock:
@@ -89,8 +93,14 @@ def train(run: RlRun) -> None:
         evaluate(run)
     began, first = time.perf_counter(), state.step
     while state.step < config.steps:
-        record = iterate(run)
+        run.profiler.before_step(state.step + 1)
+        with run.observer.watch(state.step + 1):
+            record = iterate(run)
+        run.profiler.after_step(state.step, last=state.step == config.steps)
+        observation = run.observer.look(record["grad_norm"])
         if run.recorder is not None:
+            if observation is not None:
+                run.recorder.observe(state.step, observation)
             left_s = (time.perf_counter() - began) / (state.step - first) * (config.steps - state.step)
             run.recorder.write(record, "rl")
             run.recorder.show(describe(record, config.steps, left_s), important=state.step == config.steps)

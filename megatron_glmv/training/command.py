@@ -16,6 +16,8 @@ from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
+from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.start import describe_start, first_state
 from megatron_glmv.training.watchdog import Watchdog
@@ -67,7 +69,9 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Iterator[Run]:
             )
             stack.callback(metrics.close)
             metrics.note(describe_start(config, models, state))
-        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, watchdog)
+        observer = Observer(assembly)
+        profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
+        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, watchdog, observer, profiler)
 
 
 def _peak_tflops(config: TrainConfig) -> float | None:

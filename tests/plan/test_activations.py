@@ -28,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tensor 2, fp32": {"parallel": {"tensor": 2}, "precision": {"dtype": "fp32"}},
     "data 2": {},
     "context 2": {"parallel": {"context": 2}},
+    "context 2, frames dealt": {"parallel": {"context": 2, "vision": "images"}},
+    "tensor 2, frames dealt": {"parallel": {"tensor": 2, "vision": "images"}},
     "selective": {"parallel": {"tensor": 2}, "recompute": SELECTIVE},
     "full": {"parallel": {"tensor": 2}, "recompute": FULL},
     "full of the vision tower alone": {"recompute": {"vision": "full"}},

@@ -94,6 +94,14 @@ def test_context_ranks_share_tokens_but_each_runs_the_whole_tower() -> None:
     assert four.traffic.context > 0 == one.traffic.context
 
 
+def test_frames_dealt_to_ranks_need_a_whole_tower_and_spare_its_repetition() -> None:
+    long = ["parallel.context=4", "data.sequence_length=32768"]
+    shared, dealt = plan(*long, images=32), plan(*long, "parallel.vision=images", images=32)
+    assert dealt.stages[0].state.weights > shared.stages[0].state.weights
+    assert dealt.stages[0].activations < shared.stages[0].activations
+    assert dealt.step_s < 0.9 * shared.step_s
+
+
 def test_fp8_copies_are_counted_where_they_are_made() -> None:
     assert plan().stages[0].fp8 == 0
     text, both = plan("precision.fp8_text=current"), plan("precision.fp8_text=current", "precision.fp8_vision=current")
@@ -114,7 +122,8 @@ def test_rows_of_different_density_make_replicas_wait() -> None:
     alike = RowSample(np.full(1, 8192.0), np.full(1, patches.mean()), 1024.0, 1024.0, "made up")
     uneven, even = (estimate(config, 512, H100, rows) for rows in (mixed, alike))
     assert even.skew == 1.0
-    assert uneven.skew > 1.1
+    in_turn = estimate(stage("parallel.pipeline=2", "data.even_ranks=false"), 512, H100, mixed)
+    assert in_turn.skew > uneven.skew + 0.05 > 1.05
     assert uneven.stages[0].activations > even.stages[0].activations
 
 
@@ -125,6 +134,8 @@ def write_table(folder: Path, patches: list[int], tokens: int = 8000) -> None:
     for number, part in enumerate((patches[: len(patches) // 2], patches[len(patches) // 2 :])):
         table = np.zeros((len(part), len(COLUMNS)), np.int64)
         table[:, COLUMNS.index("tokens")], table[:, COLUMNS.index("patches")] = tokens, part
+        table[:, COLUMNS.index("squared_tokens")] = 4 * (tokens // 4) ** 2
+        table[:, COLUMNS.index("squared_patches")] = np.array(part) * 500
         np.save(folder / f"s{number}.rows.npy", table)
         shards.append(ShardEntry(file=f"s{number}.tar", rows=len(part), size_bytes=1, index=f"s{number}.rows.npy"))
     limits = {"min_pixels": 1, "max_pixels": 2}
@@ -144,7 +155,8 @@ def test_rows_are_measured_where_data_is_on_disk(tmp_path: Path) -> None:
     rows = sample_rows(stage(), RowAssumptions(), [tmp_path / "a", tmp_path / "b"])
     assert rows.mean_patches == 3000
     assert rows.mean_tokens == 7000
-    assert rows.document_tokens == 1750
+    assert rows.document_tokens == pytest.approx((8000**2 + 6000**2) / 4 / 14000)
+    assert rows.frame_patches == 500
     assert rows.max_patches == 5000
     assert rows.origin.startswith("measured")
     source = f"data.sources=[{{name: a, path: {tmp_path / 'a'}, weight: 3}}, {{name: b, path: {tmp_path / 'b'}, weight: 1}}]"

@@ -24,6 +24,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline 4, 0 + 1 + 1 + 2 layers": {"parallel": {"pipeline": 4, "first_stage_layers": 0, "last_stage_layers": 2}},
     "pipeline 2 x virtual 2 x data 2": {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
     "tensor 2 x pipeline 2": {"parallel": {"tensor": 2, "pipeline": 2}},
+    "tensor 2 x context 2, frames dealt": {"parallel": {"tensor": 2, "context": 2, "vision": "images"}},
+    "tensor 2 x pipeline 2, frames dealt": {"parallel": {"tensor": 2, "pipeline": 2, "vision": "images"}},
     "frozen vision tower": {"parallel": {"tensor": 2}, "model": {"freeze": ["vision", "merger"]}},
     "frozen decoder": {"parallel": {"pipeline": 2}, "model": {"freeze": ["text"]}},
     "adapters": {"parallel": {"tensor": 2, "pipeline": 2}, "model": {"lora": {"rank": 3, "targets": ["*"]}}},
