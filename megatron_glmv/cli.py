@@ -88,9 +88,43 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
     command.set_defaults(call=_status)
 
+    _add_cluster(commands)
     _add_conversions(commands)
     _add_reward(commands)
     return parser
+
+
+def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(
+        "preflight", help="check the nodes before a run", description=cli_help.PREFLIGHT, formatter_class=plain
+    )
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="of this check, on a disk that all nodes share")
+    _add_configuration(command, required=False)
+    command.add_argument("--among", metavar="NODES", help="measure this node as one of these, with commas between")
+    command.add_argument("--judge", metavar="NODES", help="judge what these nodes have measured, with commas between")
+    command.add_argument("--ranks-per-node", type=int, metavar="N", help="(default: the node's GPUs; 1 without)")
+    command.add_argument("--least", type=int, metavar="N", help="no fewer nodes can be used (default: 1)")
+    command.add_argument("--most", type=int, metavar="N", help="use no more nodes (default: all)")
+    command.add_argument("--unmeasured", action="store_true", help="take every node as well: nothing was measured")
+    command.add_argument(
+        "--slow", type=float, default=0.7, metavar="SHARE", help="of the median speed, below which a node is slow (default: 0.7)"
+    )
+    command.add_argument(
+        "--clock-s", type=float, default=5.0, metavar="S", help="by which clocks of neighbours may differ (default: 5)"
+    )
+    command.add_argument("--memory-gb", type=float, default=1.0, metavar="GB", help="that must be free (default: 1)")
+    command.add_argument(
+        "--disk-gb", type=float, default=1.0, metavar="GB", help="that must be free in FOLDER's file system (default: 1)"
+    )
+    command.add_argument("--timeout-s", type=float, default=120.0, metavar="S", help="for all measurements (default: 120)")
+    command.set_defaults(call=_preflight)
+
+    command = commands.add_parser(
+        "errors", help="what ended a job, first error on top", description=cli_help.ERRORS, formatter_class=plain
+    )
+    command.add_argument("folder", type=Path, metavar="LOG_FOLDER", help="RUN_FOLDER/logs, or a launch's folder in it")
+    command.set_defaults(call=_errors)
 
 
 def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -253,6 +287,41 @@ def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    return OK
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    command = importlib.import_module("megatron_glmv.parallel.preflight_command")
+    limits = importlib.import_module("megatron_glmv.parallel.preflight_report").Limits(
+        arguments.slow, arguments.clock_s, arguments.memory_gb, arguments.disk_gb
+    )
+    ranks = arguments.ranks_per_node
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"--ranks-per-node: {ranks} is not a number of ranks; give 1 or more")
+    if not arguments.judge:
+        among = arguments.among.split(",") if arguments.among else []
+        return command.run_measure(arguments.folder, among, ranks, arguments.timeout_s, limits)
+    config = _load(arguments.configuration) if arguments.configuration else None
+
+    def usable(num_nodes: int) -> bool:
+        try:
+            return config is None or config.data_parallel(num_nodes * (ranks or 1)) > 0
+        except ConfigError:
+            return False
+
+    return command.run_judge(
+        arguments.folder,
+        arguments.judge.split(","),
+        limits,
+        usable=usable,
+        least=arguments.least,
+        most=arguments.most,
+        measured=not arguments.unmeasured,
+    )
+
+
+def _errors(arguments: argparse.Namespace) -> int:
+    print(importlib.import_module("megatron_glmv.parallel.rank_logs").summarize(arguments.folder))
     return OK
 
 

@@ -37,6 +37,20 @@ Reads files only: whether the run goes on, is finished, has failed or was killed
 reward; held-out results; the newest checkpoint; samples that did not decode. Works for a run on any machine of a shared disk.
 """
 
+PREFLIGHT = """\
+On every node of a job, beside each other (srun, one process a node), with --among: matrix products, all-reduce within the node
+and with two neighbours, writing to FOLDER and reading again, free memory and disk, GPUs and their memory errors, clocks, and the
+versions of Python, torch, Megatron, the driver and this code. Each node leaves FOLDER/NODE.node.json, also when a part hangs.
+Once, afterwards, with --judge and the stage's configuration: a table, with what is wrong with slow, broken and silent nodes;
+FOLDER/exclude.txt names them, FOLDER/use.txt the nodes of the largest number that the stage can be dealt to. Exit code 1: too
+few are left. Without either, this machine alone is checked. examples/slurm runs all of it.
+"""
+
+ERRORS = """\
+Reads the logs that the ranks of a job left: the first error with the end of its log, then the others in a line each. Ranks that
+only say that a peer has gone come last. examples/slurm keeps the page as RUN_FOLDER/logs/errors.txt.
+"""
+
 IMPORT = """\
 Writes the weights of a Hugging Face folder as a checkpoint, a few rows at a time: no GPU, and a few GB of memory for any size.
 Training starts from it in any layout with checkpoint.start_from=CHECKPOINT. Its tokenizer and processor files are kept with it.
