@@ -154,7 +154,10 @@ wait_for() {
     while kill -0 "$1" 2>/dev/null; do
         sleep 1 &
         wait $!
-        if [ -n "$warned" ] && [ $SECONDS -ge "$deadline" ]; then
+        [ -n "$warned" ] || continue
+        # Again and again: ranks that are only starting take an earlier request for one that was not meant for them.
+        kill -0 "$1" 2>/dev/null && : >"$run/stop"
+        if [ $SECONDS -ge "$deadline" ]; then
             say "the ranks have not stopped in time; what the last checkpoint does not hold is lost"
             requeue
         fi
@@ -176,7 +179,6 @@ warn() {
     left="$(seconds_left)"
     deadline=$((SECONDS + (left > 40 ? left - 20 : left / 2)))
     say "$1: ${left:-unknown} s are left; the ranks save and stop"
-    [ -z "${run:-}" ] || : >"$run/stop"
 }
 
 run_ranks() {
@@ -195,6 +197,9 @@ run_ranks() {
         --ntasks-per-node=1 --cpu-bind=none --nodelist="$chosen" ${container[@]+"${container[@]}"} ${wrapper[@]+"${wrapper[@]}"} \
         bash "$GLMV_ROOT/examples/slurm/node.sh" "$command" "${words[@]}" &
     wait_for $!
+    local code=$?
+    rm -f "$run/stop"
+    return $code
 }
 
 # Gives the job back to the queue, without the nodes that failed, and waits for the end.
@@ -218,6 +223,11 @@ requeue() {
     done
     sleep 120
     exit 1
+}
+
+# Whether the ranks ended because of a request in the run's folder, and not of a signal; wait_for writes none without a warning.
+stopped_by_user() {
+    grep '"kind": "stop"' "$run/events.jsonl" 2>/dev/null | tail -n 1 | grep -q 'stop asks for it'
 }
 
 # ---- the whole -------------------------------------------------------------------------------------------------------------
@@ -252,7 +262,7 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
         [ -z "$warned" ] || requeue
         run_ranks
         code=$?
-        glmv status "$run" --exit-code
+        glmv status "$run" ${GLMV_NOEXIT---exit-code}
         case $? in
         0)
             say "finished"
@@ -266,6 +276,10 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
             ;;
         esac
         if [ $code != 0 ]; then summarize_errors; fi
+        if [ -z "$warned" ] && [ $code = 0 ] && stopped_by_user; then
+            say "stopped by glmv stop, and not requeued; submit it again to go on from step $(newest_step)"
+            exit 3
+        fi
         note_and_may_go_on "ended with $code${warned:+, $warned}" || exit 1
         if [ -n "$warned" ] || [ $code = 0 ]; then requeue; fi
         attempt=$((attempt + 1))

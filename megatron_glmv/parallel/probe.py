@@ -60,9 +60,9 @@ class Probe:
 
     def _gemm(self) -> dict[str, Any]:
         """Square matrix products: bf16 on a device, fp32 on a CPU."""
-        size, dtype, rounds = (8192, torch.bfloat16, 24) if self._cuda else (384, torch.float32, 24)
+        size, dtype, rounds = (8192, torch.bfloat16, 100) if self._cuda else (512, torch.float32, 100)
         left, right = (torch.randn(size, size, dtype=dtype, device=self._device) for _ in range(2))
-        seconds = self._median(lambda: left @ right, rounds)
+        seconds = self._seconds(lambda: left @ right, rounds)
         return {"tflops": 2 * size**3 / seconds / 1e12}
 
     def _local(self) -> dict[str, Any]:
@@ -111,20 +111,20 @@ class Probe:
 
     def _all_reduce(self) -> float:
         """10^9 bytes a second."""
-        size = 256 << 20 if self._cuda else 4 << 20
+        size, rounds = (256 << 20, 20) if self._cuda else (4 << 20, 10)
         values = torch.ones(size // 4, device=self._device)
-        return size / self._median(lambda: dist.all_reduce(values), 12) / 1e9
+        return size / self._seconds(lambda: dist.all_reduce(values), rounds) / 1e9
 
-    def _median(self, call: Callable[[], object], rounds: int) -> float:
-        """Seconds of one call: the median, after two that warm up."""
-        seconds = []
-        for _ in range(rounds + 2):
-            self._finish()
-            start = time.perf_counter()
+    def _seconds(self, call: Callable[[], object], rounds: int) -> float:
+        """Seconds of one call, over many in a row: what a run gets, with whatever else slows this node down."""
+        for _ in range(2):
             call()
-            self._finish()
-            seconds.append(time.perf_counter() - start)
-        return sorted(seconds[2:])[rounds // 2]
+        self._finish()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            call()
+        self._finish()
+        return (time.perf_counter() - start) / rounds
 
     def _finish(self) -> None:
         if self._cuda:

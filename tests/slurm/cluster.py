@@ -182,6 +182,16 @@ class Cluster:
         """Send a signal to a job's steps, as SLURM itself does when it preempts."""
         self._run("scancel", "-s", name, job)
 
+    def set_minutes_left(self, job: str, minutes: int) -> None:
+        """Change a job's time limit, so that at least these many minutes are left, and less than one more."""
+        hours, rest, seconds = map(int, self.job(job)["RunTime"].split(":"))
+        passed = hours * 60 + rest + (seconds > 0) if self.job(job)["JobState"] == "RUNNING" else 0
+        self._run("scontrol", "update", f"JobId={job}", f"TimeLimit={passed + minutes}")
+
+    def release(self, job: str) -> None:
+        """Let a job start that was submitted with --hold."""
+        self._run("scontrol", "release", job)
+
     def cancel_all(self) -> None:
         """Cancel every job and wait until the nodes are free."""
         self._run("scancel", "--user", getpass.getuser(), check=False)
@@ -192,6 +202,10 @@ class Cluster:
         with contextlib.suppress(ClusterError, subprocess.SubprocessError):
             self.cancel_all()
         steps = [process for node in NODES for process in self._steps_of(node)]
+        if controller := self._daemons.get("slurmctld"):
+            controller.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                controller.wait(10)
         kill_tree([*(daemon.pid for daemon in self._daemons.values()), *steps])
         for daemon in self._daemons.values():
             daemon.wait()
