@@ -71,12 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train one stage", description=cli_help.TRAIN, formatter_class=plain)
     _add_configuration(command, required=True)
-    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    _add_ranks(command)
     command.set_defaults(call=_train)
 
     command = commands.add_parser("rl", help="train one stage by rewards", description=cli_help.RL, formatter_class=plain)
     _add_configuration(command, required=False)
-    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    _add_ranks(command)
     command.add_argument(
         "--schema", action="store_true", help="print every key with its type, range and meaning as JSON schema"
     )
@@ -86,9 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
         "status", help="what a run's folder says of it", description=cli_help.STATUS, formatter_class=plain
     )
     command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
+    command.add_argument(
+        "--exit-code", action="store_true", help="end with 0: finished, 3: can go on, 1: a restart would fail the same way"
+    )
     command.set_defaults(call=_status)
 
     _add_cluster(commands)
+    command = commands.add_parser(
+        "stop", help="save a run and end it after the step it is in", description=cli_help.STOP, formatter_class=plain
+    )
+    command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
+    command.set_defaults(call=_stop)
+
     _add_conversions(commands)
     _add_reward(commands)
     return parser
@@ -210,6 +219,17 @@ def _add_configuration(command: argparse.ArgumentParser, *, required: bool) -> N
     )
 
 
+def _add_ranks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    command.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="with --ranks: when a rank dies, start all again from the newest checkpoint, at most R times (default: 0)",
+    )
+
+
 def _load(items: Sequence[str], root: type[StageConfig] | None = None) -> StageConfig:
     """The checked tree of a command line's files and overrides; without a root, the one that fits: RL has prompts."""
     overrides = [item for item in items if "=" in item and not Path(item).is_file()]
@@ -262,12 +282,14 @@ def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConf
         raise ConfigError(f"--ranks: {arguments.ranks} is not a number of ranks; give 1 or more")
     if world is not None and arguments.ranks not in (None, world):
         raise ConfigError(f"--ranks: torchrun has already started {world} ranks; leave --ranks out under torchrun")
+    if arguments.restarts < 0 or (arguments.restarts and (world is not None or not arguments.ranks)):
+        raise ConfigError("--restarts: takes 0 or more and goes with --ranks; under torchrun, give torchrun --max-restarts")
     ranks = world or arguments.ranks or 1
     if ranks < config.parallel.model_ranks:
         raise ConfigError(_too_few(config, ranks, [command, *arguments.configuration]))
     config.data_parallel(ranks)
-    if world is None and ranks > 1:
-        return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder)
+    if world is None and (ranks > 1 or arguments.restarts):
+        return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder, arguments.restarts)
     return importlib.import_module(module).run(config)
 
 
@@ -280,13 +302,18 @@ def _too_few(config: StageConfig, ranks: int, words: Sequence[str]) -> str:
     )
 
 
-def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path) -> int:
+def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path, restarts: int) -> int:
     """Start ranks on this machine and end with the exit code of the first that failed."""
-    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, words, run_folder)
+    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, words, run_folder, restarts)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    code = importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    return code if arguments.exit_code else OK
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    print(importlib.import_module("megatron_glmv.training.stop").request_stop(arguments.run_folder))
     return OK
 
 

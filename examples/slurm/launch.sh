@@ -130,20 +130,22 @@ choose_nodes() {
 
 # One step over all nodes; where SLURM cannot start it on one, again without that one.
 measure_nodes() {
-    local folder="$1" nodes="$2" left log="$1/srun.txt" round
+    local folder="$1" nodes="$2" log="$1/srun.txt" count failed round
     shift 2
     for round in 1 2 3; do
-        left="$(tr , '\n' <<<"$nodes" | wc -l)"
-        srun --overlap --no-kill --kill-on-bad-exit=0 --nodes="$left" --ntasks="$left" --ntasks-per-node=1 --cpu-bind=none \
-            --nodelist="$nodes" --wait=0 --time="$preflight_minutes" ${container[@]+"${container[@]}"} \
+        count="$(tr , '\n' <<<"$nodes" | wc -l)"
+        timeout --kill-after=10 $((preflight_s + 120)) srun --overlap --no-kill --kill-on-bad-exit=0 --wait=0 --nodes="$count" \
+            --ntasks="$count" --ntasks-per-node=1 --cpu-bind=none --nodelist="$nodes" ${container[@]+"${container[@]}"} \
             ${wrapper[@]+"${wrapper[@]}"} python -m megatron_glmv preflight "$folder" --among "$nodes" \
-            --ranks-per-node "$ranks_per_node" "$@" >>"$log" 2>&1 &
+            --ranks-per-node "$ranks_per_node" --timeout-s "$preflight_s" "$@" >"$log" 2>&1 &
         wait_for $!
-        compgen -G "$folder/*.node.json" >/dev/null && return
-        local failed
-        failed="$(sed -n 's/.*failed on node \([^:]*\):.*/\1/p' "$log" | sort -u)"
-        nodes="$(tr , '\n' <<<"$nodes" | grep -vxF -e "${failed:-/}" | joined)"
-        [ -n "$failed" ] && [ -n "$nodes" ] || return
+        failed="$(sed -n 's/.*aunch.* failed on node \([^:]*\):.*/\1/p' "$log" | sort -u)"
+        [ -n "$failed" ] || grep -q 'Unable to create step' "$log" || return
+        # SLURM has ended the others' processes, too.
+        say "SLURM cannot start a process on ${failed:-a node}: $(head -n 1 "$log")"
+        nodes="$(living_nodes | grep -xF -f <(tr , '\n' <<<"$nodes") | grep -vxF -e "${failed:-/}" | joined)"
+        rm -f "$folder"/*.node.json "$folder"/.pair*
+        [ -n "$nodes" ] || return
     done
 }
 
@@ -249,7 +251,7 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
     ranks_per_node="${GLMV_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
     max_nodes="${GLMV_NODES:-$SLURM_JOB_NUM_NODES}"
     min_nodes="${GLMV_MIN_NODES:-$max_nodes}"
-    preflight_minutes="${GLMV_PREFLIGHT_MINUTES:-10}"
+    preflight_s="${GLMV_PREFLIGHT_S:-180}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks_per_node ? SLURM_CPUS_ON_NODE / ranks_per_node : 1))}"
     say "job $launch on $SLURM_JOB_NODELIST: glmv $command ${words[*]}"
     record_environment
@@ -262,7 +264,7 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
         [ -z "$warned" ] || requeue
         run_ranks
         code=$?
-        glmv status "$run" ${GLMV_NOEXIT---exit-code}
+        glmv status "$run" --exit-code
         case $? in
         0)
             say "finished"

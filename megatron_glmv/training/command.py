@@ -13,35 +13,36 @@ from megatron_glmv.parallel import platform
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.flops import device_peak
-from megatron_glmv.training.job import run_job
+from megatron_glmv.training.job import Job, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.recorder import METRICS_FILE
-from megatron_glmv.training.start import describe_start, first_state
-from megatron_glmv.training.watchdog import Watchdog
+from megatron_glmv.training.start import begin_run, first_state
 
 
 def run(config: TrainConfig) -> int:
     """Run one stage; under torchrun every rank calls this.
 
     Returns:
-        0 when the last step is done and saved, 1 when this rank or a peer failed.
+        0 when the last step is done and saved, or the run was asked to stop and has saved; 1 when this rank or a peer failed.
 
     Raises:
         InputError: something that the user can repair: configuration, data or checkpoint.
     """
 
-    def work(watchdog: Watchdog) -> None:
-        with open_run(config, watchdog) as opened:
-            train(opened)
+    def work(job: Job) -> bool:
+        with open_run(config, job) as opened:
+            finished = train(opened)
         _draw(config)
+        return finished
 
     return run_job(config, work)
 
 
 @contextlib.contextmanager
-def open_run(config: TrainConfig, watchdog: Watchdog) -> Iterator[Run]:
+def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     """Build or resume the run on this rank, and close its threads and files at the end."""
+    watchdog = job.watchdog
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
     assembly = assemble(config, models)
@@ -66,8 +67,9 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Iterator[Run]:
                 first_step=state.step,
             )
             stack.callback(metrics.close)
-            metrics.note(describe_start(config, models, state))
-        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, watchdog)
+            job.events.say = metrics.note
+        begin_run(job, config, models, state)
+        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, job)
 
 
 def _peak_tflops(config: TrainConfig) -> float | None:

@@ -10,10 +10,10 @@ from megatron_glmv.data.loader import RowStream
 from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.job import Job, end_run
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.step import StepResult, evaluate_step, train_step
-from megatron_glmv.training.watchdog import Watchdog
 
 
 @dataclass
@@ -28,34 +28,48 @@ class Run:
     eval_stream: RowStream | None
     metrics: MetricsWriter | None
     """On the one rank that reports."""
-    watchdog: Watchdog
+    job: Job
 
 
-def train(run: Run) -> None:
-    """Train from the state's step to the last one, and leave a checkpoint of it."""
-    config, state = run.config, run.state
-    while state.step < config.steps:
+def train(run: Run) -> bool:
+    """Train from the state's step to the last one, or until asked to stop, and leave a checkpoint.
+
+    Returns:
+        Whether the last step is done.
+    """
+    with run.job.stop.listening():
+        stopped = _train(run)
+    run.checkpointer.close()
+    end_run(run.job, run.state, stopped=stopped)
+    return not stopped
+
+
+def _train(run: Run) -> bool:
+    config, state, watchdog = run.config, run.state, run.job.watchdog
+    stopping = False
+    while state.step < config.steps and not stopping:
         started, waited = time.perf_counter(), run.stream.wait_s
-        run.watchdog.beat(state.step, "data")
+        watchdog.beat(state.step, "data")
         batch = run.stream.step(state.step)
-        run.watchdog.beat(state.step, "step")
-        result = train_step(run.assembly, batch, state.step)
+        watchdog.beat(state.step, "step")
+        result = train_step(run.assembly, batch, state.step, stop=run.job.stop.is_requested())
         advance(state, config, result)
         if run.metrics is not None:
             run.metrics.log_step(
                 describe_step(config, state, result, time.perf_counter() - started, run.stream.wait_s - waited)
             )
-        run.watchdog.beat(state.step, "checkpoint")
+        watchdog.beat(state.step, "checkpoint")
         if run.checkpointer.poll() and run.metrics is not None:
             run.metrics.note(f"checkpoint complete, {state.step} steps done")
         last = state.step == config.steps
+        stopping = result.agreement.stop and not last
         # Before the save, so that a run killed between the two evaluates again.
         if run.eval_stream is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
-        if state.step % config.checkpoint.every_steps == 0 or last:
-            run.watchdog.beat(state.step, "checkpoint")
+        if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
+            watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state)
-    run.checkpointer.close()
+    return stopping
 
 
 def evaluate(run: Run) -> float:
@@ -64,7 +78,7 @@ def evaluate(run: Run) -> float:
     batches = max(1, run.config.evaluation.rows // run.config.global_batch_rows)
     loss, tokens = 0.0, 0
     for batch in range(batches):
-        run.watchdog.beat(run.state.step, "evaluation")
+        run.job.watchdog.beat(run.state.step, "evaluation")
         batch_loss, batch_tokens = evaluate_step(run.assembly, run.eval_stream.step(batch))
         loss, tokens = loss + batch_loss, tokens + batch_tokens
     mean = loss / max(tokens, 1)

@@ -22,6 +22,7 @@ from megatron_glmv.model.inputs import ModelInputs, make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
+from megatron_glmv.training.agreement import Agreement
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.flops import Flops, row_flops
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
@@ -48,16 +49,19 @@ class StepResult:
     learning_rates: dict[Part, float]
     grad_norm: float
     applied: bool
-    """False: a gradient was not finite, and the step changed nothing."""
+    """False: a gradient was not finite, or a guard refused the update, and the step changed nothing."""
+    agreement: Agreement
+    """What the ranks agreed on beside it."""
 
 
-def train_step(assembly: Assembly, batch: StepRows, step: int) -> StepResult:
+def train_step(assembly: Assembly, batch: StepRows, step: int, *, stop: bool = False) -> StepResult:
     """Run one optimizer update on this replica's rows of the step.
 
     Args:
         assembly: this rank's model and optimizer.
         batch: this replica's rows; pictures and faults on the decoding rank only.
         step: counted from 0; fixes the learning rates.
+        stop: this rank was asked to stop; all learn of it at the end of the step.
     """
     for chunk in assembly.chunks:
         chunk.train()
@@ -66,10 +70,12 @@ def train_step(assembly: Assembly, batch: StepRows, step: int) -> StepResult:
     rows, bad = agree_on_faults(batch)
     outputs = run_schedule(assembly, rows, forward_only=False)
     rates = set_learning_rates(assembly.optimizer, step, assembly.config)
-    outcome = step_optimizer(assembly.optimizer)
+    outcome = step_optimizer(assembly.optimizer, stop=stop)
     loss, tokens = reduce_loss(outputs)
     useful, images, bad_samples, flops = _count(assembly, rows, bad)
-    return StepResult(loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied)
+    return StepResult(
+        loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied, outcome.agreement
+    )
 
 
 @torch.no_grad()

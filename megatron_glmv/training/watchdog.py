@@ -12,43 +12,31 @@ Collectives must not give up first: start process groups with :func:`collective_
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from megatron_glmv.training.heartbeat import (
+    FINISHED,
+    FOLDER,
+    LOST_CONTACT,
+    Heartbeat,
+    age,
+    encode,
+    heartbeat_path,
+    is_gone,
+    list_ranks,
+    own_heartbeat,
+    read_heartbeat,
+)
+
 EXIT_CODE = 70
 """Exit code of a rank that its watchdog has ended."""
-_RECORD_BYTES = 1024
 _LOST_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "gloo", "nccl", "socket")
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What one rank last said of itself."""
-
-    rank: int
-    step: int
-    phase: str
-    beats: int
-    """Calls of :meth:`Watchdog.beat`; all ranks make the same ones, so the smallest is behind."""
-    heard: float
-    """Seconds since the epoch when the file was written."""
-    host: str
-    process: int
-    failure: str = ""
-    """Why this rank ended, once it does."""
-
-    @property
-    def place(self) -> str:
-        """Where the rank is, for messages."""
-        return f"step {self.step} ({self.phase})"
 
 
 def collective_timeout_s(timeout_s: float) -> float:
@@ -65,22 +53,31 @@ class Watchdog:
         world_size: number of ranks.
         timeout_s: seconds without :meth:`beat` after which the process ends.
         stream: where the one line goes; None: stderr.
+        coordinates: this rank's place in the layout, for reports.
     """
 
-    def __init__(self, run_folder: Path, rank: int, world_size: int, timeout_s: float, stream: TextIO | None = None) -> None:
-        self._folder = run_folder / "ranks"
+    def __init__(
+        self,
+        run_folder: Path,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        stream: TextIO | None = None,
+        coordinates: str = "",
+    ) -> None:
+        self._folder = run_folder / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._run_folder = run_folder
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._stream = stream if stream is not None else sys.stderr
         self._interval_s = min(5.0, timeout_s / 10)
-        self._own = Heartbeat(rank, 0, "start", 0, time.time(), socket.gethostname(), os.getpid())
+        self._own = own_heartbeat(rank, world_size, coordinates)
         self._moved = time.monotonic()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         (self._folder / "hang.txt").unlink(missing_ok=True)
-        for old in self._folder.glob(f"rank_{rank:04d}.*"):
-            old.unlink(missing_ok=True)
-        self._file = os.open(self._path(rank), os.O_RDWR | os.O_CREAT, 0o644)
+        heartbeat_path(run_folder, rank).unlink(missing_ok=True)
+        self._file = os.open(heartbeat_path(run_folder, rank), os.O_RDWR | os.O_CREAT, 0o644)
         self._stacks = (self._folder / f"rank_{rank:04d}.stacks.txt").open("w", encoding="utf-8")
         self._publish()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -98,11 +95,11 @@ class Watchdog:
             self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1)
         self._publish()
 
-    def stop(self) -> None:
-        """Stop watching, at the end of a run."""
+    def stop(self, end: str = FINISHED) -> None:
+        """Stop watching, at the end of a run; `end` is the rank's last word."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
-        self._end("finished")
+        self._end(end)
 
     def describe_failure(self, error: BaseException) -> str:
         """One line for an exception that ends this rank; waits a moment to see whether a peer has died.
@@ -117,21 +114,21 @@ class Watchdog:
         if not is_lost_peer(error):
             self._end(f"{type(error).__name__}: {cause}")
             return f"rank {own.rank} failed at {own.place}: {type(error).__name__}: {cause}"
-        self._end("lost contact")
+        self._end(LOST_CONTACT)
         deadline = time.monotonic() + 3 * self._interval_s
         while True:
             beats = self.read()
             report = self._hang_report()
             if report:
                 return f"rank {own.rank} ended at {own.place}: {report}"
-            failed = [b for b in beats if b.failure and b.failure not in ("lost contact", "finished")]
+            failed = [b for b in beats if b.has_failed]
             if failed:
                 first = min(failed, key=lambda b: b.heard)
                 where = f"rank {own.rank} ended at {own.place}"
                 return f"{where} because rank {first.rank} failed at {first.place}: {first.failure}"
             lost = [b for b in beats if not b.failure and (is_gone(b) or self._is_silent(b))]
             if lost:
-                names = "; ".join(f"rank {b.rank}: {b.place}, {_age(b)} ago" for b in lost)
+                names = "; ".join(f"rank {b.rank}: {b.place}, {age(b)} ago" for b in lost)
                 return f"rank {own.rank} lost contact at {own.place}; last heard of {names}"
             if time.monotonic() > deadline:
                 return f"rank {own.rank} lost contact at {own.place} ({cause}); {self._who_is_behind(beats)}"
@@ -139,7 +136,11 @@ class Watchdog:
 
     def read(self) -> list[Heartbeat]:
         """What every rank last said, in rank order; ranks that never started are missing."""
-        return [beat for rank in range(self._world_size) if (beat := _read(self._path(rank))) is not None]
+        return [
+            beat
+            for rank in range(self._world_size)
+            if (beat := read_heartbeat(heartbeat_path(self._run_folder, rank))) is not None
+        ]
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval_s):
@@ -171,14 +172,14 @@ class Watchdog:
         if others:
             places = sorted({(b.step, b.place) for b in others})
             where = places[0][1] if len(places) == 1 else f"{places[0][1]} to {places[-1][1]}"
-            text = f"{_ranks(b.rank for b in behind)} {verb} at {behind[0].place} while the others are at {where}"
+            text = f"{list_ranks(b.rank for b in behind)} {verb} at {behind[0].place} while the others are at {where}"
         else:
-            text = f"{_ranks(b.rank for b in behind)} {verb} at {behind[0].place}"
+            text = f"{list_ranks(b.rank for b in behind)} {verb} at {behind[0].place}"
         silent = [b for b in beats if not b.failure and (is_gone(b) or self._is_silent(b))]
         if silent:
-            text += "; " + ", ".join(f"rank {b.rank} was last heard of {_age(b)} ago" for b in silent)
+            text += "; " + ", ".join(f"rank {b.rank} was last heard of {age(b)} ago" for b in silent)
         if missing:
-            text += f"; {_ranks(missing)} never started"
+            text += f"; {list_ranks(missing)} never started"
         return text
 
     def _is_silent(self, beat: Heartbeat) -> bool:
@@ -195,8 +196,7 @@ class Watchdog:
         """Write this rank's file; `durable` waits for the disk, so that other machines see it."""
         try:
             with self._lock:
-                text = json.dumps(asdict(replace(self._own, heard=time.time())))
-                os.pwrite(self._file, text.encode().ljust(_RECORD_BYTES), 0)
+                os.pwrite(self._file, encode(self._own), 0)
             if durable:
                 os.fsync(self._file)
         except OSError:
@@ -219,48 +219,8 @@ class Watchdog:
         except OSError:
             return ""
 
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank_{rank:04d}.json"
-
-
-def read_heartbeats(run_folder: Path) -> list[Heartbeat]:
-    """What every rank of a run last said, in rank order, whatever their number."""
-    found = map(_read, sorted((run_folder / "ranks").glob("rank_*.json")))
-    return [beat for beat in found if beat is not None]
-
-
-def _read(path: Path) -> Heartbeat | None:
-    try:
-        return Heartbeat(**json.loads(path.read_bytes().rstrip(b"\0 \n")))
-    except (OSError, ValueError, TypeError):
-        return None
-
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an exception of a collective means that a peer has gone."""
     text = str(error).lower()
     return isinstance(error, RuntimeError | OSError) and any(word in text for word in _LOST_PEER)
-
-
-def is_gone(beat: Heartbeat) -> bool:
-    """Whether a process of this machine has ended; others cannot be asked."""
-    if beat.host != socket.gethostname():
-        return False
-    try:
-        state = Path(f"/proc/{beat.process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return Path("/proc/self").exists()
-    return state in ("Z", "X")
-
-
-def _age(beat: Heartbeat) -> str:
-    return f"{max(time.time() - beat.heard, 0):.1f} s"
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """``rank 3``, ``ranks 1, 2, 5`` or ``ranks 0, 1, 2, 3 and 60 more``."""
-    listed = list(ranks)
-    if len(listed) == 1:
-        return f"rank {listed[0]}"
-    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return "ranks " + ", ".join(str(rank) for rank in listed[:8]) + more

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_glmv import cli
+from megatron_glmv.training.heartbeat import Heartbeat, read_heartbeats
 from megatron_glmv.training.status import describe_state
-from megatron_glmv.training.watchdog import Heartbeat, read_heartbeats
 
 NOW = 1000.0
 ALIVE = Heartbeat(0, 7, "step", 30, NOW - 2, socket.gethostname(), os.getpid())
@@ -20,11 +20,11 @@ FAR = replace(ALIVE, rank=1, host="another", process=1)
 STATES = {
     "running, 2 ranks, heard of 0:02 ago; at step 7 (step)": [ALIVE, FAR],
     "running at step 7, but silent: rank 1": [ALIVE, replace(FAR, heard=NOW - 300)],
-    "stopped 5:00 ago at step 7; first silent: rank 1 at step 6 (data)": [
+    "broke off 5:00 ago at step 7; first silent: rank 1 at step 6 (data)": [
         replace(ALIVE, host="another", heard=NOW - 300),
         replace(FAR, step=6, phase="data", heard=NOW - 301),
     ],
-    "stopped 0:02 ago at step 7; first silent: rank 0 at step 7 (step)": [replace(ALIVE, process=2**22 + 1)],
+    "broke off 0:02 ago at step 7; first silent: rank 0 at step 7 (step)": [replace(ALIVE, process=2**22 + 1)],
     "failed 0:09 ago: rank 1 at step 7 (step): OSError: disk": [
         replace(ALIVE, failure="lost contact"),
         replace(FAR, failure="OSError: disk", heard=NOW - 9),
@@ -32,6 +32,10 @@ STATES = {
     "finished 1:00 ago at step 7, 2 ranks": [
         replace(ALIVE, failure="finished", heard=NOW - 60),
         replace(FAR, failure="finished", heard=NOW - 61),
+    ],
+    "stopped on request 1:00 ago at step 7, 2 ranks": [
+        replace(ALIVE, failure="stopped", heard=NOW - 60),
+        replace(FAR, failure="stopped", heard=NOW - 61),
     ],
     "never started a rank": [],
 }
