@@ -91,13 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(call=_status)
 
-    _add_cluster(commands)
     command = commands.add_parser(
         "stop", help="save a run and end it after the step it is in", description=cli_help.STOP, formatter_class=plain
     )
     command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
     command.set_defaults(call=_stop)
 
+    _add_cluster(commands)
     _add_conversions(commands)
     _add_reward(commands)
     return parser

@@ -104,7 +104,7 @@ free_port() {
     return 1
 }
 
-# Chooses the nodes of this attempt into `chosen` (commas), `fewest` and `port`; `excluded` are named in the requeue.
+# Chooses the nodes of this attempt into `chosen` and `spare` (commas), `fewest` and `port`; `excluded` are named in the requeue.
 # False when too few are left.
 choose_nodes() {
     local folder="$run/logs/$launch/preflight.$attempt" living options
@@ -123,7 +123,7 @@ choose_nodes() {
     local code=$?
     excluded="$(cat "$folder/exclude.txt" 2>/dev/null)"
     [ $code = 0 ] || return 1
-    { read -r chosen && read -r fewest && read -r port; } <"$folder/use.txt"
+    { read -r chosen && read -r fewest && read -r port && read -r spare; } <"$folder/use.txt"
     # Without a check, the first node is this one.
     [ "$port" != 0 ] || port="$(free_port)"
 }
@@ -197,7 +197,7 @@ run_ranks() {
     [ "$fewest" = "$count" ] || survive=(--no-kill)
     srun --overlap ${survive[@]+"${survive[@]}"} --kill-on-bad-exit=0 --wait=0 --nodes="$count" --ntasks="$count" \
         --ntasks-per-node=1 --cpu-bind=none --nodelist="$chosen" ${container[@]+"${container[@]}"} ${wrapper[@]+"${wrapper[@]}"} \
-        bash "$GLMV_ROOT/examples/slurm/node.sh" "$command" "${words[@]}" &
+        bash "$GLMV_ROOT/examples/slurm/node.sh" "$command" "${words[@]}" ${served[@]+"${served[@]}"} &
     wait_for $!
     local code=$?
     rm -f "$run/stop"
@@ -232,6 +232,11 @@ stopped_by_user() {
     grep '"kind": "stop"' "$run/events.jsonl" 2>/dev/null | tail -n 1 | grep -q 'stop asks for it'
 }
 
+# Servers beside the ranks: servers.sh has them.
+start_servers() { :; }
+stop_servers() { :; }
+num_server_nodes=0 servers=() served=()
+
 # ---- the whole -------------------------------------------------------------------------------------------------------------
 
 glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index of an array's task
@@ -249,7 +254,7 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
     mkdir -p "$run/logs/$launch" || exit 1
     rm -f "$run/stop"
     ranks_per_node="${GLMV_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
-    max_nodes="${GLMV_NODES:-$SLURM_JOB_NUM_NODES}"
+    max_nodes="${GLMV_NODES:-$((SLURM_JOB_NUM_NODES - num_server_nodes))}"
     min_nodes="${GLMV_MIN_NODES:-$max_nodes}"
     preflight_s="${GLMV_PREFLIGHT_S:-180}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks_per_node ? SLURM_CPUS_ON_NODE / ranks_per_node : 1))}"
@@ -262,8 +267,13 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
             requeue
         fi
         [ -z "$warned" ] || requeue
-        run_ranks
-        code=$?
+        if start_servers; then
+            run_ranks
+            code=$?
+            stop_servers
+        else
+            code=1
+        fi
         glmv status "$run" --exit-code
         case $? in
         0)

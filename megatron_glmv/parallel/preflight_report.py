@@ -166,7 +166,7 @@ def report(
     most: int,
     measured: bool = True,
 ) -> bool:
-    """Print the table, and write use.txt (nodes, the fewest that can go on, a free port: a line each) and exclude.txt.
+    """Print the table, and write use.txt (nodes, the fewest that can go on, a free port, spare nodes: a line each) and exclude.txt.
 
     Args:
         folder: with the reports.
@@ -197,6 +197,7 @@ def report(
         return False
     if wrong:
         print(f"preflight: left out {', '.join(wrong)}; {len(chosen.nodes)} nodes are used")
-    lines = (",".join(chosen.nodes), str(chosen.fewest), str(chosen.port))
+    spare = [node for node in well if node not in chosen.nodes]
+    lines = (",".join(chosen.nodes), str(chosen.fewest), str(chosen.port), ",".join(spare))
     (folder / "use.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return True
