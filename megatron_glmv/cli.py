@@ -117,7 +117,11 @@ def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     command.add_argument("--most", type=int, metavar="N", help="use no more nodes (default: all)")
     command.add_argument("--unmeasured", action="store_true", help="take every node as well: nothing was measured")
     command.add_argument(
-        "--slow", type=float, default=0.7, metavar="SHARE", help="of the median speed, below which a node is slow (default: 0.7)"
+        "--slow",
+        type=float,
+        default=0.7,
+        metavar="SHARE",
+        help="of the median speed, below which a node is slow (default: 0.7)",
     )
     command.add_argument(
         "--clock-s", type=float, default=5.0, metavar="S", help="by which clocks of neighbours may differ (default: 5)"

@@ -110,6 +110,7 @@ choose_nodes() {
     local folder="$run/logs/$launch/preflight.$attempt" living options
     living="$(living_nodes | joined)"
     if [ -z "$living" ]; then return 1; fi
+    [ "$living" = "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | joined)" ] || say "SLURM calls nodes down; left are $living"
     mkdir -p "$folder"
     read -ra options <<<"${GLMV_PREFLIGHT:-}"
     if [ "${GLMV_PREFLIGHT:-}" = off ]; then

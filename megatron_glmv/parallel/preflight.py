@@ -27,7 +27,14 @@ from megatron_glmv.config.base import InputError
 
 SUFFIX = ".node.json"
 WRITE_BYTES = 16 << 20
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "nvidia-dali-cuda120", "nvidia-dali-nightly-cuda120", "transformers")
+PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-nightly-cuda120",
+    "transformers",
+)
 
 
 @dataclass
@@ -256,7 +263,9 @@ def _gpus() -> tuple[list[dict[str, str]], list[str]]:
         return [], [f"nvidia-smi: {error}"]
     gpus = [dict(zip(keys, map(str.strip, line.split(",")), strict=False)) for line in text.splitlines() if line.strip()]
     errors = ((gpu["index"], gpu.get(keys[-1], "")) for gpu in gpus)
-    return gpus, [f"GPU {index}: {count} uncorrected memory errors" for index, count in errors if count.isdigit() and int(count)]
+    return gpus, [
+        f"GPU {index}: {count} uncorrected memory errors" for index, count in errors if count.isdigit() and int(count)
+    ]
 
 
 def _versions(gpus: Sequence[Mapping[str, str]]) -> dict[str, str]:

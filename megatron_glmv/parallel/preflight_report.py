@@ -107,7 +107,9 @@ def _judge_pairs(reports: Sequence[NodeReport], wrong: dict[str, list[str]], lim
             wrong[report.node].append(f"its clock and that of {peer} differ by {abs(difference):.1f} s")
 
 
-def choose(nodes: Sequence[str], least: int, most: int, usable: Callable[[int], bool], ports: Mapping[str, int]) -> Choice | None:
+def choose(
+    nodes: Sequence[str], least: int, most: int, usable: Callable[[int], bool], ports: Mapping[str, int]
+) -> Choice | None:
     """The largest usable number of the nodes; None where too few are left.
 
     Args:
@@ -129,7 +131,7 @@ def choose(nodes: Sequence[str], least: int, most: int, usable: Callable[[int], 
 def describe(nodes: Sequence[str], reports: Mapping[str, NodeReport], wrong: Mapping[str, Sequence[str]]) -> str:
     """A table with a line a node, and behind it what is wrong."""
     head = ("node", "GPUs", "TFLOP/s", "node GB/s", "pair GB/s", "write MB/s", "memory GB", "disk GB", "state")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for node in nodes:
         state = "; ".join(wrong.get(node, ["well"]))
         report = reports.get(node)
@@ -151,9 +153,7 @@ def describe(nodes: Sequence[str], reports: Mapping[str, NodeReport], wrong: Map
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def report(

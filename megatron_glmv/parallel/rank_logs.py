@@ -18,9 +18,13 @@ from pathlib import Path
 from megatron_glmv.config.base import InputError
 
 TAIL_LINES = 30
-_CONSEQUENCE = re.compile(r"lost contact|because rank \d+ failed|Connection closed by peer|Connection reset|SIGTERM|SignalException")
+_CONSEQUENCE = re.compile(
+    r"lost contact|because rank \d+ failed|Connection closed by peer|Connection reset|SIGTERM|SignalException"
+)
 _KILLED = re.compile(r"failed \(exitcode: (-\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
-_ERROR = re.compile(r"^(glmv: error: .*|\w[\w.]*(Error|Exception|Interrupt)\b.*|Fatal Python error.*|.*out of memory.*)", re.MULTILINE)
+_ERROR = re.compile(
+    r"^(glmv: error: .*|\w[\w.]*(Error|Exception|Interrupt)\b.*|Fatal Python error.*|.*out of memory.*)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,10 @@ def run_torchrun(folder: Path, act: str) -> None:
 
 @pytest.mark.parametrize(
     ("act", "needle"),
-    [("raise ValueError('a bad day')", "ValueError: a bad day"), ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9")],
+    [
+        ("raise ValueError('a bad day')", "ValueError: a bad day"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
+    ],
     ids=["raises", "killed"],
 )
 def test_the_first_error_is_on_top(tmp_path: Path, act: str, needle: str, capsys: pytest.CaptureFixture[str]) -> None:

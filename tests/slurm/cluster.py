@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from tests.stages import REPOSITORY
+
 NODES = ("n1", "n2")
 
 CONFIGURATION = """\
@@ -109,9 +111,7 @@ class Cluster:
         for name in ("munge", "state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir(mode=0o700)
         ports = _free_ports(1 + len(NODES))
-        text = CONFIGURATION.format(
-            host=socket.gethostname(), folder=self.folder, user=getpass.getuser(), ctld_port=ports[0]
-        )
+        text = CONFIGURATION.format(host=socket.gethostname(), folder=self.folder, user=getpass.getuser(), ctld_port=ports[0])
         for node, port in zip(NODES, ports[1:], strict=True):
             address = f"NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port}"
             text += f"NodeName={node} {address} CPUs=4 RealMemory=1000 State=UNKNOWN\n"
@@ -138,9 +138,9 @@ class Cluster:
         kill_tree([daemon.pid, *self._steps_of(node)])
         daemon.wait()
 
-    def return_node(self, node: str) -> None:
-        """Bring a killed node back."""
-        self.start_node(node)
+    def return_node(self, node: str, *prefix: str) -> None:
+        """Bring a killed node back, under a command such as nice."""
+        self.start_node(node, *prefix)
         self._wait(f"{node} to answer", lambda: self.state(node) in ("idle", "mixed", "allocated"), 60)
 
     def state(self, node: str) -> str:
@@ -154,6 +154,17 @@ class Cluster:
     def submit(self, *words: str, folder: Path, environment: Mapping[str, str] | None = None) -> str:
         """Run sbatch in `folder`; returns the job's id."""
         return self._run("sbatch", "--parsable", *words, cwd=folder, environment=environment).strip()
+
+    def submit_stages(self, *words: str, folder: Path, environment: Mapping[str, str]) -> list[str]:
+        """Run examples/slurm/stages.sh in `folder`; returns the jobs' ids."""
+        script = str(REPOSITORY / "examples" / "slurm" / "stages.sh")
+        output = self._run("bash", script, *words, cwd=folder, environment=environment)
+        return [line.split()[0] for line in output.splitlines()]
+
+    def run_everywhere(self, *words: str, environment: Mapping[str, str], timeout_s: float) -> str:
+        """Run a command once on both nodes, at the same time."""
+        step = ("srun", "--nodes=2", "--ntasks-per-node=1", "--cpu-bind=none", "--wait=0", *words)
+        return self._run(*step, environment=environment, timeout_s=timeout_s)
 
     def job(self, job: str) -> dict[str, str]:
         """What scontrol shows of a job: key -> value; empty once SLURM has forgotten it."""
@@ -229,10 +240,15 @@ class Cluster:
             )
 
     def _run(
-        self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None, check: bool = True
+        self,
+        *words: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        check: bool = True,
+        timeout_s: float = 60,
     ) -> str:
         done = subprocess.run(
-            words, env={**self._environment, **(environment or {})}, cwd=cwd, capture_output=True, text=True, timeout=60
+            words, env={**self._environment, **(environment or {})}, cwd=cwd, capture_output=True, text=True, timeout=timeout_s
         )
         if check and done.returncode:
             raise ClusterError(f"{' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}\n{self._logs()}")
@@ -263,7 +279,7 @@ def install_slurm(script: Path) -> str:
     """Run tests/slurm.sh; returns why there is no SLURM, or nothing."""
     if shutil.which("bash") is None:
         return "no bash"
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    done = subprocess.run(["bash", str(script)], check=False, capture_output=True, text=True)
     return done.stderr.strip() if done.returncode else ""
 
 

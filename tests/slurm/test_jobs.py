@@ -1,7 +1,7 @@
 """The shipped batch file under a real SLURM: two nodes, training over gloo; ends, losses of nodes, preemption, time limits.
 
-slurmctld and two slurmd run on this machine (`cluster.py`); the batch file is submitted as it is, with sizes on sbatch's command
-line. Final losses are held, bit for bit, to a run of the same layout that nothing disturbs.
+slurmctld and two slurmd run on this machine (`cluster.py`); the batch file is submitted as it is, with sizes on sbatch's
+command line. Final losses are held, bit for bit, to a run of the same layout that nothing disturbs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,8 +22,9 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_glmv import cli
 from tests.data.rows import LENGTH, write_rows
-from tests.slurm.cluster import Cluster, install_slurm
+from tests.slurm.cluster import NODES, Cluster, install_slurm
 from tests.stages import REPOSITORY, start_stage
 
 pytestmark = pytest.mark.slurm
@@ -85,16 +87,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[in
     return losses_of(folder / "run")
 
 
-def submit(cluster: Cluster, folder: Path, *options: str, words: tuple[str, ...] = (), **variables: str) -> str:
+def variables(**changes: str) -> dict[str, str]:
+    """What a user sets before sbatch, with waits that suit two nodes."""
+    found = {"GLMV_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "GLMV_PREFLIGHT": "off"}
+    return {**found, "GLMV_JOIN_S": "240", "GLMV_LAST_CALL_S": "3", **changes}
+
+
+def submit(cluster: Cluster, folder: Path, *options: str, words: tuple[str, ...] = (), **changes: str) -> str:
     """Submit the batch file over both nodes; its options before, overrides of the stage behind."""
-    environment = {"GLMV_VENV": sys.prefix, "OMP_NUM_THREADS": "1", "GLMV_JOIN_S": "120", "GLMV_LAST_CALL_S": "3"}
-    environment |= {"GLMV_PREFLIGHT": "off", "PYTHONPATH": ""} | variables
-    return cluster.submit("--nodes=2", "--output=out.txt", *options, BATCH, "stage.yaml", *words, folder=folder, environment=environment)
+    options = ("--nodes=2", "--output=out.txt", *options)
+    return cluster.submit(*options, BATCH, "stage.yaml", *words, folder=folder, environment=variables(**changes))
 
 
 def output_of(folder: Path) -> str:
     texts = [folder / "out.txt", *sorted((folder / "run" / "logs").rglob("*.log")), *sorted((folder / "run").rglob("srun.txt"))]
-    return "\n".join(f"=== {path}\n{path.read_text(encoding='utf-8', errors='replace')[-3000:]}" for path in texts if path.is_file())
+    return "\n".join(
+        f"=== {path}\n{path.read_text(encoding='utf-8', errors='replace')[-3000:]}" for path in texts if path.is_file()
+    )
 
 
 def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int) -> None:
@@ -107,13 +116,22 @@ def wait_for_step(cluster: Cluster, job: str, folder: Path, step: int) -> None:
     raise AssertionError(f"step {step} was never reported\n{output_of(folder)}")
 
 
-def test_a_job_on_two_nodes_ends_with_the_losses_of_one_machine(
+def test_stages_end_one_after_the_other_with_the_losses_of_one_machine(
     cluster: Cluster, tmp_path: Path, data: Path, undisturbed: dict[int, float]
 ) -> None:
     config_file(tmp_path, data)
-    job = submit(cluster, tmp_path, GLMV_PREFLIGHT="--slow 0")
-    cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
+    second = "stage.yaml run_folder=second steps=2 checkpoint.start_from=run"
+    options = ("--nodes=2", "--output=out.txt", "--", "stage.yaml", f"--job-name=second -- {second}")
+    first, second = cluster.submit_stages(*options, folder=tmp_path, environment=variables(GLMV_PREFLIGHT="--slow 0"))
+    assert cluster.job(second)["Dependency"].startswith(f"afterok:{first}")
+    cluster.wait_job(first, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
     assert losses_of(tmp_path / "run") == undisturbed
+    [record] = (tmp_path / "run" / "environment").iterdir()
+    assert {"commit", "command"} <= {
+        line.split()[0] for line in record.read_text(encoding="utf-8").splitlines() if line.strip()
+    }
+    cluster.wait_job(second, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
+    assert sorted(losses_of(tmp_path / "second")) == [1, 2]
 
 
 def test_a_node_killed_in_a_step_costs_nothing_when_it_comes_back(
@@ -152,7 +170,9 @@ def test_a_preempted_job_saves_and_goes_on_later(
     config_file(tmp_path, data)
     job = submit(cluster, tmp_path)
     wait_for_step(cluster, job, tmp_path, 3)
-    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", folder=tmp_path)
+    urgent = cluster.submit(
+        "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", folder=tmp_path
+    )
     cluster.wait_job(urgent, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
     saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
     found = cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
@@ -200,7 +220,9 @@ def wait_for_text(file: Path, text: str) -> None:
 
 
 def test_a_node_with_other_code_is_named_and_left_out(cluster: Cluster, tmp_path: Path, data: Path) -> None:
-    shutil.copytree(REPOSITORY / "megatron_glmv", tmp_path / "other" / "megatron_glmv", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "megatron_glmv", tmp_path / "other" / "megatron_glmv", ignore=shutil.ignore_patterns("__pycache__")
+    )
     with (tmp_path / "other" / "megatron_glmv" / "__init__.py").open("a", encoding="utf-8") as file:
         file.write("# changed on one node\n")
     cluster.set_task_environment({"n2": {"PYTHONPATH": str(tmp_path / "other")}})
@@ -227,3 +249,50 @@ def test_a_dead_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, dat
     finally:
         cluster.return_node("n2")
     assert "1 nodes are used" in (tmp_path / "out.txt").read_text(encoding="utf-8")
+
+
+def test_a_stop_that_the_user_asks_for_is_not_requeued(cluster: Cluster, tmp_path: Path, data: Path) -> None:
+    config_file(tmp_path, data)
+    job = submit(cluster, tmp_path, words=("steps=100000", "run_folder=run"))
+    wait_for_step(cluster, job, tmp_path, 3)
+    assert cli.main(["stop", str(tmp_path / "run")]) == 0
+    found = cluster.wait_job(job, ["FAILED"], WAIT_S, lambda: output_of(tmp_path))
+    assert (found["ExitCode"], found["Restarts"]) == ("3:0", "0")
+
+
+def test_a_run_that_makes_no_progress_is_given_up(cluster: Cluster, tmp_path: Path, data: Path) -> None:
+    """A rank that dies before the first checkpoint of every attempt: its watchdog has no time to wait."""
+    config_file(tmp_path, data, parallel={"overlap": False, "timeout_s": 0.2})
+    job = submit(cluster, tmp_path, GLMV_MAX_RESTARTS="0", GLMV_GIVE_UP="2")
+    cluster.wait_job(job, ["FAILED"], WAIT_S, lambda: output_of(tmp_path))
+    assert "giving up: 2 launches" in (tmp_path / "out.txt").read_text(encoding="utf-8")
+    assert "no progress for 0.2 s" in (tmp_path / "run" / "logs" / "errors.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def slow_n2(cluster: Cluster) -> Iterator[None]:
+    """n2 shares a core with a process that computes for ever, and yields to it; n1 has another core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two cores are needed for a slow node beside a fast one")
+    for node, prefix in (("n1", ("taskset", "-c", str(cores[1]))), ("n2", ("nice", "-n", "5", "taskset", "-c", str(cores[0])))):
+        cluster.kill_node(node)
+        cluster.return_node(node, *prefix)
+    burner = subprocess.Popen(["taskset", "-c", str(cores[0]), sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        burner.kill()
+        burner.wait()
+        for node in NODES:
+            cluster.kill_node(node)
+            cluster.return_node(node)
+
+
+def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path, slow_n2: None, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (sys.executable, "-m", "megatron_glmv", "preflight", str(tmp_path), "--among", "n1,n2", "--timeout-s", "400")
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    cluster.run_everywhere(*words, environment=environment, timeout_s=500)
+    assert cli.main(["preflight", str(tmp_path), "--judge", "n1,n2"]) == 0
+    assert (tmp_path / "exclude.txt").read_text(encoding="utf-8") == "n2\n"
+    assert "matrix products at" in capsys.readouterr().out
