@@ -50,6 +50,10 @@ class CheckpointConfig(Config):
     """Checkpoints at multiples of this step are never removed."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    max_failures: int = Field(default=3, ge=1)
+    """The run ends when so many saves in a row have failed; before that, it warns, goes on and tries again at the next."""
+    verify: bool = True
+    """Before a resume, read every file once and compare checksums, not sizes alone."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder, if there is one."""
     start_from: Path | None = None

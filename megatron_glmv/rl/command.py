@@ -78,7 +78,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
     assembly = assemble(config, models)
-    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     reference = None
     if config.algorithm.kl_coefficient:

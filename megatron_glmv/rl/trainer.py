@@ -126,7 +126,7 @@ def _train(run: RlRun) -> bool:
             evaluate(run)
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             run.job.watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state, {STATE_FILE: state_dict(run)})
+            run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
     return stopping
 
 

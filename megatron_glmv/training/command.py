@@ -48,7 +48,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
     assembly = assemble(config, models)
-    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)
     with contextlib.ExitStack() as stack:

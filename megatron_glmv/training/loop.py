@@ -78,7 +78,7 @@ def _train(run: Run) -> bool:
             evaluate(run)
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state)
+            run.checkpointer.save(state, must=last or stopping)
     return stopping
 
 
