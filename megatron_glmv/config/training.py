@@ -50,10 +50,26 @@ class CheckpointConfig(Config):
     """Checkpoints at multiples of this step are never removed."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    max_failures: int = Field(default=3, ge=1)
+    """The run ends when so many saves in a row have failed; before that, it warns, goes on and tries again at the next."""
+    verify: bool = True
+    """Before a resume, read every file once and compare checksums, not sizes alone."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder, if there is one."""
     start_from: Path | None = None
     """Without a checkpoint of its own, start from the weights of this one (not its optimizer, step or data position)."""
+
+
+class WandbConfig(Config):
+    """A run on Weights & Biases; key and server come from its own environment variables (WANDB_API_KEY, WANDB_BASE_URL)."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+    """Team; null: the account's own."""
+    name: str | None = None
+    """Of the run; null: the name of run_folder."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes to run_folder/wandb, for `wandb sync` on a machine with a network."""
 
 
 class MetricsConfig(Config):
@@ -64,6 +80,32 @@ class MetricsConfig(Config):
     tensorboard: bool = True
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in the training precision; null: known for H100/H200/A100, else no MFU."""
+    observe_every_steps: int = Field(default=50, ge=0)
+    """Steps between closer looks: norms and histograms of each part's weights and gradients, memory and idle time of each
+    pipeline stage; 0: never. The step that is looked at is slower by its synchronisations."""
+    wandb: WandbConfig | None = None
+    """Show TensorBoard's curves on Weights & Biases too; needs its package, and tensorboard on."""
+
+    @model_validator(mode="after")
+    def _wandb_follows_tensorboard(self) -> Self:
+        if self.wandb is not None and not self.tensorboard:
+            raise ValueError("wandb: it shows what TensorBoard's files hold; set tensorboard to true")
+        return self
+
+
+class ProfileConfig(Config):
+    """A trace of chosen steps by torch's profiler, for Perfetto, with a table of the costliest operations."""
+
+    first_step: int = Field(ge=1)
+    """First step of the trace, counted from 1; a few after the start, when caches and allocators have settled."""
+    steps: int = Field(default=2, ge=1)
+    """Steps of the trace."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that write one."""
+    memory: bool = False
+    """Also record every allocation; makes large files."""
+    stacks: bool = False
+    """Also record the Python lines that operations came from; makes large files."""
 
 
 class EvaluationConfig(Config):
@@ -90,6 +132,8 @@ class StageConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
+    profile: ProfileConfig | None = None
+    """Trace some steps; null: none."""
     megatron: dict[str, Any] = Field(default_factory=dict)
     """Fields of Megatron's TransformerConfig passed through to the decoder; checked against its dataclass at start."""
 

@@ -33,6 +33,8 @@ from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_stat
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, run_job
+from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE, Recorder
 from megatron_glmv.training.start import begin_run, first_state, load_start
 from megatron_glmv.training.state import TrainState
@@ -76,7 +78,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
     assembly = assemble(config, models)
-    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     reference = None
     if config.algorithm.kl_coefficient:
@@ -109,7 +111,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
         if dist.get_rank() == 0:
             (config.run_folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             # Without a checkpoint the run begins anew, with its first evaluation, which is recorded at step 0.
-            recorder = Recorder(config.run_folder, tensorboard=config.metrics.tensorboard, first_step=state.step or -1)
+            recorder = Recorder(config.run_folder, config.metrics, state.step or -1)
             stack.callback(recorder.close)
             job.events.say = recorder.note
         begin_run(job, config, models, state)
@@ -130,6 +132,8 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
             reference,
             recorder,
             job,
+            Observer(assembly),
+            Profiler(config.profile, config.run_folder, dist.get_rank(), recorder.note if recorder else None),
         )
 
 

@@ -32,6 +32,8 @@ from megatron_glmv.rl.weights import send_weights
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, end_run
+from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import Recorder
 from megatron_glmv.training.state import TrainState
 
@@ -60,6 +62,8 @@ class RlRun:
     recorder: Recorder | None
     """On the one rank that reports."""
     job: Job
+    observer: Observer
+    profiler: Profiler
 
 
 class Clock:
@@ -101,8 +105,14 @@ def _train(run: RlRun) -> bool:
         evaluate(run)
     began, first, stopping = time.perf_counter(), state.step, False
     while state.step < config.steps and not stopping:
-        record = iterate(run)
+        run.profiler.before_step(state.step + 1)
+        with run.observer.watch(state.step + 1):
+            record = iterate(run)
+        run.profiler.after_step(state.step, last=state.step == config.steps)
+        observation = run.observer.look(record["grad_norm"])
         if run.recorder is not None:
+            if observation is not None:
+                run.recorder.observe(state.step, observation)
             left_s = (time.perf_counter() - began) / (state.step - first) * (config.steps - state.step)
             run.recorder.write(record, "rl")
             run.recorder.show(describe(record, config.steps, left_s), important=state.step == config.steps)
@@ -116,7 +126,7 @@ def _train(run: RlRun) -> bool:
             evaluate(run)
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             run.job.watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state, {STATE_FILE: state_dict(run)})
+            run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
     return stopping
 
 

@@ -16,6 +16,8 @@ from megatron_glmv.training.flops import device_peak
 from megatron_glmv.training.job import Job, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
+from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
 
@@ -46,7 +48,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
     assembly = assemble(config, models)
-    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)
     with contextlib.ExitStack() as stack:
@@ -69,7 +71,9 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             stack.callback(metrics.close)
             job.events.say = metrics.note
         begin_run(job, config, models, state)
-        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, job)
+        observer = Observer(assembly)
+        profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
+        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, job, observer, profiler)
 
 
 def _peak_tflops(config: TrainConfig) -> float | None:

@@ -12,6 +12,8 @@ from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, end_run
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
+from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.step import StepResult, evaluate_step, train_step
 
@@ -29,6 +31,8 @@ class Run:
     metrics: MetricsWriter | None
     """On the one rank that reports."""
     job: Job
+    observer: Observer
+    profiler: Profiler
 
 
 def train(run: Run) -> bool:
@@ -52,12 +56,18 @@ def _train(run: Run) -> bool:
         watchdog.beat(state.step, "data")
         batch = run.stream.step(state.step)
         watchdog.beat(state.step, "step")
-        result = train_step(run.assembly, batch, state.step, stop=run.job.stop.is_requested())
+        run.profiler.before_step(state.step + 1)
+        with run.observer.watch(state.step + 1):
+            result = train_step(run.assembly, batch, state.step, stop=run.job.stop.is_requested())
         advance(state, config, result)
+        run.profiler.after_step(state.step, last=state.step == config.steps)
+        observation = run.observer.look(result.grad_norm)
         if run.metrics is not None:
             run.metrics.log_step(
                 describe_step(config, state, result, time.perf_counter() - started, run.stream.wait_s - waited)
             )
+            if observation is not None:
+                run.metrics.log_observation(state.step, observation)
         watchdog.beat(state.step, "checkpoint")
         if run.checkpointer.poll() and run.metrics is not None:
             run.metrics.note(f"checkpoint complete, {state.step} steps done")
@@ -68,7 +78,7 @@ def _train(run: Run) -> bool:
             evaluate(run)
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state)
+            run.checkpointer.save(state, must=last or stopping)
     return stopping
 
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from megatron_glmv.config.model import Part
 from megatron_glmv.config.training import MetricsConfig
+from megatron_glmv.training.observation import Observation
 from megatron_glmv.training.progress import format_count, format_duration, format_rate
 from megatron_glmv.training.recorder import Recorder, read_metrics
 
@@ -80,7 +81,7 @@ class MetricsWriter:
         self._peak_tflops = peak_tflops
         self._interval: list[StepMetrics] = []
         self._step_seconds: float | None = None
-        self._recorder = Recorder(run_folder, tensorboard=config.tensorboard, first_step=first_step, stream=stream)
+        self._recorder = Recorder(run_folder, config, first_step, stream)
 
     def log_step(self, metrics: StepMetrics) -> None:
         """Take one step in; every `every_steps` steps, and at the last one, report the interval."""
@@ -100,6 +101,10 @@ class MetricsWriter:
         """Report the loss on held-out rows after `step` steps."""
         self._recorder.write({"step": step, "eval_loss": loss, "eval_tokens": tokens}, "eval")
         self._recorder.note(f"step {step}/{self._total_steps} | eval loss {loss:.4f} over {format_count(tokens)} tokens")
+
+    def log_observation(self, step: int, observation: Observation) -> None:
+        """Report a closer look at `step`."""
+        self._recorder.observe(step, observation)
 
     def note(self, text: str) -> None:
         """Print a line that stays: a checkpoint written, a sample that did not decode."""
