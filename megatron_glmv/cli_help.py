@@ -52,12 +52,12 @@ rank does the same.
 """
 
 PREFLIGHT = """\
-On every node of a job, beside each other (srun, one process a node), with --among: matrix products, all-reduce within the node
-and with two neighbours, writing to FOLDER and reading again, free memory and disk, GPUs and their memory errors, clocks, and the
-versions of Python, torch, Megatron, the driver and this code. Each node leaves FOLDER/NODE.node.json, also when a part hangs.
-Once, afterwards, with --judge and the stage's configuration: a table, with what is wrong with slow, broken and silent nodes;
-FOLDER/exclude.txt names them, FOLDER/use.txt the nodes of the largest number that the stage can be dealt to. Exit code 1: too
-few are left. Without either, this machine alone is checked. examples/slurm runs all of it.
+On every node of a job, beside each other (srun, one process a node), with --among: matrix products, all-reduce within the
+node and with two neighbours, writing to FOLDER and reading again, free memory and disk, GPUs and their memory errors, clocks,
+and the versions of Python, torch, Megatron, driver and this code. Each node leaves FOLDER/NODE.node.json, also when a part
+hangs. Once, afterwards, with --judge and the stage's configuration: a table, with what is wrong with slow, broken and silent
+nodes; FOLDER/exclude.txt names them, FOLDER/use.txt the nodes of the largest number that the stage can be dealt to. Exit code
+1: too few are left. Without either, this machine alone is checked. examples/slurm runs all of it.
 """
 
 ERRORS = """\

@@ -14,8 +14,7 @@ prepare_environment() {
     *.sif)
         wrapper=(apptainer exec)
         command -v nvidia-smi >/dev/null && wrapper+=(--nv)
-        [ -n "${GLMV_MOUNTS:-}" ] && wrapper+=(--bind "$GLMV_MOUNTS")
-        wrapper+=("$GLMV_IMAGE")
+        wrapper+=(--bind "$GLMV_ROOT,$PWD${GLMV_MOUNTS:+,$GLMV_MOUNTS}" --pwd "$PWD" "$GLMV_IMAGE")
         ;;
     *)
         container=(--container-image="$GLMV_IMAGE" --container-workdir="$PWD" --no-container-mount-home)
@@ -54,7 +53,7 @@ record_environment() {
         echo
         env | grep -E '^(SLURM_|GLMV_|NCCL_|GLOO_|TORCH_|OMP_|UCX_|FI_|CUDA_|NVTE_)' | grep -viE '(token|secret|password|jwt|api_?key)[^=]*=' | sort
         echo
-        inside python -m pip --disable-pip-version-check freeze 2>/dev/null || echo "no pip"
+        inside python -m pip --disable-pip-version-check freeze 2>/dev/null | sed 's#://[^@/ ]*@#://#' || echo "no pip"
         echo
         inside nvidia-smi 2>/dev/null || echo "no nvidia-smi"
     } >"$file"
@@ -228,6 +227,12 @@ requeue() {
     exit 1
 }
 
+# The exit codes of `glmv status --exit-code`. Before the first rank has written the run's configuration there is nothing to ask.
+how_it_ended() {
+    if [ ! -e "$run/config.yaml" ] && [ ! -e "$run/ranks/refused.json" ]; then return 3; fi
+    glmv status "$run" --exit-code
+}
+
 # Whether the ranks ended because of a request in the run's folder, and not of a signal; wait_for writes none without a warning.
 stopped_by_user() {
     grep '"kind": "stop"' "$run/events.jsonl" 2>/dev/null | tail -n 1 | grep -q 'stop asks for it'
@@ -275,7 +280,7 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
         else
             code=1
         fi
-        glmv status "$run" --exit-code
+        how_it_ended
         case $? in
         0)
             say "finished"

@@ -1,9 +1,9 @@
 """``glmv preflight`` on one node: what it has, and how fast it computes, talks and writes, in a file that outlives it.
 
-Every node leaves NODE.node.json in a shared folder, so a node that is dead or hangs is the one whose file is missing. What needs
-torch runs in processes of its own (:mod:`megatron_glmv.parallel.probe`) and under a deadline: neither a collective that hangs
-nor a device that does not answer stops the node's report. Nodes are measured with one neighbour, then with the other, so that a
-slow link can be told from a slow peer.
+Every node leaves NODE.node.json in a shared folder, so a node that is dead or hangs is the one whose file is missing. What
+needs torch runs in processes of its own (:mod:`megatron_glmv.parallel.probe`) and under a deadline: neither a collective that
+hangs nor a device that does not answer stops the node's report. Nodes are measured with one neighbour, then with the other,
+so that a slow link can be told from a slow peer.
 """
 
 from __future__ import annotations

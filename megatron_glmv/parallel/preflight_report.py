@@ -1,8 +1,8 @@
 """``glmv preflight --judge``: which nodes are missing, broken or slow, and which of the others a run takes.
 
-A node is held to the other nodes of the same check: speeds to their median, versions to what most have. A pair of neighbours that
-cannot talk, or talks slowly, accuses a node only if all its pairs with nodes that are otherwise well do: a healthy node whose
-neighbour is broken still does well with the other one.
+A node is held to the other nodes of the same check: speeds to their median, versions to what most have. A pair of neighbours
+that cannot talk, or talks slowly, accuses a node only if all its pairs with nodes that are otherwise well do: a healthy node
+whose neighbour is broken still does well with the other one.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ def report(
     most: int,
     measured: bool = True,
 ) -> bool:
-    """Print the table, and write use.txt (nodes, the fewest that can go on, a free port, spare nodes: a line each) and exclude.txt.
+    """Print the table, and write use.txt and exclude.txt.
+
+    use.txt has a line each for nodes, the fewest that can go on, a free port and spare nodes.
 
     Args:
         folder: with the reports.

@@ -1,8 +1,8 @@
 """``glmv errors``: what ended a job, from the logs of its ranks, on one page with the first error on top.
 
 Every rank of a run that dies writes a traceback, and most of them only say that a peer has gone. What is reported first is the
-error of a rank that did not lose another, the earliest by the time of its log; a rank that was killed leaves no word of its own,
-so what its agent says of the signal counts, too.
+error of a rank that did not lose another, the earliest by the time of its log; a rank that was killed leaves no word of its
+own, so what its agent says of the signal counts, too.
 
 Source: folders as torchrun 2.13 makes them, NODE/RUN_ID/attempt_N/LOCAL_RANK/stderr.log, under the agent's own agent.log
 (examples/slurm/node.sh).

@@ -100,7 +100,7 @@ def ring(speeds: dict[tuple[str, str], float | None], **clocks: float) -> dict[s
     [
         (ring({}), {}),
         (
-            {**ring({}), "b": ring({})["b"].__class__(**{**vars(ring({})["b"]), "gemm_tflops": [700.0] * 7 + [350.0]})},
+            {**ring({}), "b": replace(ring({})["b"], gemm_tflops=[700.0] * 7 + [350.0])},
             {"b": "50%"},
         ),
         ({**ring({}), "b": replace(ring({})["b"], local_gb_s=100.0)}, {"b": "within the node at 33%"}),

@@ -1,4 +1,4 @@
-"""`glmv errors`: logs as torchrun lays them, of a group in which one rank fails and another is killed, made by torchrun itself."""
+"""`glmv errors`: one page of the logs that torchrun itself leaves of a rank that raises and of one that is killed."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def run_torchrun(folder: Path, act: str) -> None:
     with (node / "agent.log").open("wb") as log:
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", *words],
+            check=False,
             stderr=log,
             timeout=200,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -248,7 +248,13 @@ class Cluster:
         timeout_s: float = 60,
     ) -> str:
         done = subprocess.run(
-            words, env={**self._environment, **(environment or {})}, cwd=cwd, capture_output=True, text=True, timeout=timeout_s
+            words,
+            env={**self._environment, **(environment or {})},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
         if check and done.returncode:
             raise ClusterError(f"{' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}\n{self._logs()}")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import yaml
 
 from megatron_glmv import cli
 from tests.data.rows import LENGTH, write_rows
+from tests.rl.test_trainer import config_file as rl_config_file
 from tests.slurm.cluster import NODES, Cluster, install_slurm
 from tests.stages import REPOSITORY, start_stage
 
@@ -120,7 +122,7 @@ def test_stages_end_one_after_the_other_with_the_losses_of_one_machine(
     cluster: Cluster, tmp_path: Path, data: Path, undisturbed: dict[int, float]
 ) -> None:
     config_file(tmp_path, data)
-    second = "stage.yaml run_folder=second steps=2 checkpoint.start_from=run"
+    second = "stage.yaml run_folder=second steps=5 checkpoint.start_from=run"
     options = ("--nodes=2", "--output=out.txt", "--", "stage.yaml", f"--job-name=second -- {second}")
     first, second = cluster.submit_stages(*options, folder=tmp_path, environment=variables(GLMV_PREFLIGHT="--slow 0"))
     assert cluster.job(second)["Dependency"].startswith(f"afterok:{first}")
@@ -131,7 +133,7 @@ def test_stages_end_one_after_the_other_with_the_losses_of_one_machine(
         line.split()[0] for line in record.read_text(encoding="utf-8").splitlines() if line.strip()
     }
     cluster.wait_job(second, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
-    assert sorted(losses_of(tmp_path / "second")) == [1, 2]
+    assert sorted(losses_of(tmp_path / "second")) == [1, 2, 3, 4, 5]
 
 
 def test_a_node_killed_in_a_step_costs_nothing_when_it_comes_back(
@@ -228,7 +230,7 @@ def test_a_node_with_other_code_is_named_and_left_out(cluster: Cluster, tmp_path
     cluster.set_task_environment({"n2": {"PYTHONPATH": str(tmp_path / "other")}})
     config_file(tmp_path, data)
     try:
-        job = submit(cluster, tmp_path, words=("steps=2",), GLMV_PREFLIGHT="--slow 0", GLMV_MIN_NODES="1")
+        job = submit(cluster, tmp_path, words=("steps=5",), GLMV_PREFLIGHT="--slow 0", GLMV_MIN_NODES="1")
         cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
     finally:
         cluster.set_task_environment({})
@@ -241,7 +243,7 @@ def test_a_node_with_other_code_is_named_and_left_out(cluster: Cluster, tmp_path
 
 def test_a_dead_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     config_file(tmp_path, data)
-    held = submit(cluster, tmp_path, "--hold", words=("steps=2",), GLMV_PREFLIGHT="--slow 0", GLMV_MIN_NODES="1")
+    held = submit(cluster, tmp_path, "--hold", words=("steps=5",), GLMV_PREFLIGHT="--slow 0", GLMV_MIN_NODES="1")
     cluster.kill_node("n2")
     try:
         cluster.release(held)
@@ -267,6 +269,25 @@ def test_a_run_that_makes_no_progress_is_given_up(cluster: Cluster, tmp_path: Pa
     cluster.wait_job(job, ["FAILED"], WAIT_S, lambda: output_of(tmp_path))
     assert "giving up: 2 launches" in (tmp_path / "out.txt").read_text(encoding="utf-8")
     assert "no progress for 0.2 s" in (tmp_path / "run" / "logs" / "errors.txt").read_text(encoding="utf-8")
+
+
+def test_reinforcement_learning_has_servers_on_a_node_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
+    """The servers are a stand-in that answers as vLLM was seen to; where they run, and for how long, is SLURM's doing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engine = {"kind": "vllm", "weights": {"kind": "disk", "folder": str(tmp_path / "served")}, "gap_alarm": None}
+    stage = rl_config_file(tmp_path, "run", steps=1, parallel={"timeout_s": 600}, engine=engine)
+    changes = {"GLMV_SERVER_NODES": "1", "GLMV_SERVER_MODEL": str(tmp_path / "model"), "GLMV_SERVER_PORT": str(port)}
+    changes |= {"VLLM": str(Path(__file__).with_name("fake_vllm_command.py"))}
+    batch = BATCH.replace("train.sbatch", "rl.sbatch")
+    job = cluster.submit("--nodes=2", "--output=out.txt", batch, str(stage), folder=tmp_path, environment=variables(**changes))
+    cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
+    [log] = (tmp_path / "run" / "logs").rglob("servers.0/n2.log")
+    assert f"serving {tmp_path / 'model'} on 127.0.0.1:{port}" in log.read_text(encoding="utf-8")
+    with socket.socket() as gone:
+        assert gone.connect_ex(("127.0.0.1", port))
+    assert [path.parent.parent.name for path in (tmp_path / "run" / "logs").rglob("agent.log")] == ["ranks.0"]
 
 
 @pytest.fixture
