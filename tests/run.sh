@@ -24,7 +24,7 @@ step "mypy" python -m mypy
 # fixtures it shares.
 step "pytest" python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
 # The shipped batch files under a real SLURM: installed where that is possible, else skipped with the reason.
-[ $# -gt 0 ] || step "slurm" python -m pytest -q -rs --durations=10 -m slurm tests/slurm
+[ $# -gt 0 ] || step "slurm" python -m pytest -q -rs --durations=10 -m 'slurm and not slow' tests/slurm
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: $(IFS=,; echo "${failed[*]}")"

@@ -241,6 +241,7 @@ def test_a_node_with_other_code_is_named_and_left_out(cluster: Cluster, tmp_path
     assert len(list((tmp_path / "run" / "ranks").glob("rank_*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_dead_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     config_file(tmp_path, data)
     held = submit(cluster, tmp_path, "--hold", words=("steps=5",), GLMV_PREFLIGHT="--slow 0", GLMV_MIN_NODES="1")
@@ -253,6 +254,7 @@ def test_a_dead_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, dat
     assert "1 nodes are used" in (tmp_path / "out.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_stop_that_the_user_asks_for_is_not_requeued(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     config_file(tmp_path, data)
     job = submit(cluster, tmp_path, words=("steps=100000", "run_folder=run"))
@@ -262,6 +264,7 @@ def test_a_stop_that_the_user_asks_for_is_not_requeued(cluster: Cluster, tmp_pat
     assert (found["ExitCode"], found["Restarts"]) == ("3:0", "0")
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_no_progress_is_given_up(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     """A rank that dies before the first checkpoint of every attempt: its watchdog has no time to wait."""
     config_file(tmp_path, data, parallel={"overlap": False, "timeout_s": 0.2})
@@ -271,6 +274,7 @@ def test_a_run_that_makes_no_progress_is_given_up(cluster: Cluster, tmp_path: Pa
     assert "no progress for 0.2 s" in (tmp_path / "run" / "logs" / "errors.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_reinforcement_learning_has_servers_on_a_node_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
     """The servers are a stand-in that answers as vLLM was seen to; where they run, and for how long, is SLURM's doing."""
     with socket.socket() as free:
