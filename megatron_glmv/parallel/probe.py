@@ -73,7 +73,8 @@ class Probe:
     def _pair(self, kind: str, peer: str) -> dict[str, Any]:
         """All-reduce over all ranks of two nodes; the store is the first rank's of the node that comes first."""
         hosts = self._node < peer
-        meeting = self._shared / f".{kind}.{min(self._node, peer)}.{max(self._node, peer)}"
+        step = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}"  # a folder may be used again
+        meeting = self._shared / f".{kind}.{min(self._node, peer)}.{max(self._node, peer)}.{step}"
         timeout = dt.timedelta(seconds=self._part_s)
         if hosts and self._rank == 0:
             store = dist.TCPStore(socket.getfqdn(), 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -87,6 +88,8 @@ class Probe:
         dist.barrier()
         clocks = [torch.zeros(1, dtype=torch.float64, device=self._device) for _ in range(2 * self._ranks)]
         dist.all_gather(clocks, torch.tensor([time.time()], dtype=torch.float64, device=self._device))
+        if hosts and self._rank == 0:
+            meeting.unlink(missing_ok=True)
         first, second = float(clocks[0]), float(clocks[self._ranks])
         return {"gb_s": self._all_reduce(), "clock_s": first - second if hosts else second - first}
 

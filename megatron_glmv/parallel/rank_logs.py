@@ -21,9 +21,10 @@ TAIL_LINES = 30
 _CONSEQUENCE = re.compile(
     r"lost contact|because rank \d+ failed|Connection closed by peer|Connection reset|SIGTERM|SignalException"
 )
-_KILLED = re.compile(r"failed \(exitcode: (-\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+_ENDED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
 _ERROR = re.compile(
-    r"^(glmv: error: .*|\w[\w.]*(Error|Exception|Interrupt)\b.*|Fatal Python error.*|.*out of memory.*)", re.MULTILINE
+    r"^(glmv: error: .*|\w[\w.]*(Error|Exception|Interrupt)\b.*|Fatal Python error.*|no progress for .*|.*out of memory.*)",
+    re.MULTILINE,
 )
 
 
@@ -74,10 +75,12 @@ def find_errors(folder: Path) -> Iterator[RankError]:
             yield _error(path, where, found[-1], text)
     for path in folder.rglob("agent.log"):
         text = path.read_text(encoding="utf-8", errors="replace")
-        for match in _KILLED.finditer(text):
-            code, local_rank, process = match.groups()
+        for code, local_rank, process in (match.groups() for match in _ENDED.finditer(text)):
             where = f"node {path.parent.name}, local rank {local_rank} ({path})"
-            yield RankError(path.stat().st_mtime, where, f"process {process} was killed by signal {code[1:]}", (), False)
+            # A rank that ended by itself has said why, in its own log or through a peer.
+            killed = code.startswith("-")
+            line = f"process {process} " + (f"was killed by signal {code[1:]}" if killed else f"ended with exit code {code}")
+            yield RankError(path.stat().st_mtime, where, line, (), not killed)
 
 
 def _error(path: Path, where: str, line: str, text: str) -> RankError:

@@ -139,12 +139,20 @@ def test_who_is_named(reports: dict[str, NodeReport], expected: dict[str, str]) 
         assert any(text in line for line in found[node]), found
 
 
+def test_the_only_neighbour_of_a_broken_node_is_not_accused_with_it() -> None:
+    broken = well("b", pair_gb_s={"a": None, "c": None}, faults=["GPU 0: 1 uncorrected memory errors"])
+    reports = {"a": well("a", pair_gb_s={"b": None}), "b": broken, "c": well("c", pair_gb_s={"b": None})}
+    assert judge(["a", "b", "c"], reports, LIMITS).keys() == {"b"}
+
+
 @pytest.mark.parametrize("count", range(2, 10))
 def test_neighbours_are_mutual_and_nobody_is_alone(count: int) -> None:
     nodes = [f"n{index}" for index in range(count)]
     for node in nodes:
         found = neighbours(nodes, node)
         assert any(found)
+        if count > 2 and count % 2 == 0:
+            assert len(set(found)) == 2
         for number, peer in enumerate(found):
             assert peer is None or (peer != node and neighbours(nodes, peer)[number] == node)
 

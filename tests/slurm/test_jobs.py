@@ -128,6 +128,7 @@ def test_stages_end_one_after_the_other_with_the_losses_of_one_machine(
     assert cluster.job(second)["Dependency"].startswith(f"afterok:{first}")
     cluster.wait_job(first, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
     assert losses_of(tmp_path / "run") == undisturbed
+    assert "finished, 30 steps done" in (tmp_path / "out.txt").read_text(encoding="utf-8")
     [record] = (tmp_path / "run" / "environment").iterdir()
     assert {"commit", "command"} <= {
         line.split()[0] for line in record.read_text(encoding="utf-8").splitlines() if line.strip()
@@ -300,7 +301,7 @@ def slow_n2(cluster: Cluster) -> Iterator[None]:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("two cores are needed for a slow node beside a fast one")
-    for node, prefix in (("n1", ("taskset", "-c", str(cores[1]))), ("n2", ("nice", "-n", "5", "taskset", "-c", str(cores[0])))):
+    for node, prefix in (("n1", ("taskset", "-c", str(cores[1]))), ("n2", ("nice", "-n", "8", "taskset", "-c", str(cores[0])))):
         cluster.kill_node(node)
         cluster.return_node(node, *prefix)
     burner = subprocess.Popen(["taskset", "-c", str(cores[0]), sys.executable, "-c", "while True: pass"])
@@ -314,6 +315,7 @@ def slow_n2(cluster: Cluster) -> Iterator[None]:
             cluster.return_node(node)
 
 
+@pytest.mark.slow
 def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path, slow_n2: None, capsys: pytest.CaptureFixture[str]) -> None:
     words = (sys.executable, "-m", "megatron_glmv", "preflight", str(tmp_path), "--among", "n1,n2", "--timeout-s", "400")
     environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
