@@ -108,6 +108,29 @@ class ProfileConfig(Config):
     """Also record the Python lines that operations came from; makes large files."""
 
 
+GuardPolicy = Literal["skip", "rollback", "stop"]
+"""skip: go on with the next rows. rollback: return to the last checkpoint, and leave the rows out. stop: end the run."""
+
+
+class GuardConfig(Config):
+    """What is done about a step that goes wrong; its update is never applied."""
+
+    non_finite: GuardPolicy = "skip"
+    """When a gradient is not finite on any rank."""
+    spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """When loss or gradient norm are far above those of the steps before; off: not looked at."""
+    loss_deviations: float = Field(default=8.0, gt=0)
+    """A loss is a spike so many standard deviations (by the median deviation) above the window's median."""
+    norm_factor: float = Field(default=20.0, gt=1)
+    """A gradient norm is a spike at so many times the window's median."""
+    window: int = Field(default=100, ge=8)
+    """Applied steps that tell what is usual; before there are as many, nothing is a spike."""
+    rollback_batches: int = Field(default=1, ge=1)
+    """Global batches that a rollback leaves out: that of the step, and those before it."""
+    max_in_a_row: int = Field(default=10, ge=1)
+    """The run ends at more refused steps in a row, or more rollbacks to the same checkpoint."""
+
+
 class EvaluationConfig(Config):
     """The loss on held-out rows."""
 
@@ -194,6 +217,7 @@ class TrainConfig(StageConfig):
     global_batch_rows: int = Field(ge=1)
     """Packed rows of one step, over all data-parallel ranks. A micro-batch is always one row."""
     data: DataConfig
+    guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     length_key: ClassVar[str] = "data.sequence_length"

@@ -149,6 +149,9 @@ def iterate(run: RlRun) -> dict[str, Any]:
     state.step += 1
     state.consumed_tokens += policy.tokens
     state.skipped_steps += policy.refused
+    if policy.fault:
+        text = f"iteration {state.step}: gradients are not finite: {policy.fault}; the update was refused, and the run goes on"
+        run.job.events.record("skip", state.step, text)
     state.bad_samples += len(wave.bad_prompts)
     seconds = clock.seconds | {"rollout": wave.rollout_s, "reward": wave.reward_s, "total": clock.total()}
     record = record_of(

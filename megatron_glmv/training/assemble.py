@@ -17,6 +17,7 @@ from megatron_glmv.model.glm4v import Glm4vModel, build_model
 from megatron_glmv.model.initialize import initialize_weights
 from megatron_glmv.model.lora import attach_adapters
 from megatron_glmv.training.optimizer import build_optimizer
+from megatron_glmv.training.own_gradients import OwnGradients
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Assembly:
     chunks: list[DistributedDataParallel]
     """The model: one wrapped chunk, or one for each virtual pipeline stage."""
     optimizer: MegatronOptimizer
+    own_gradients: OwnGradients
+    """Marks what is not finite before it is reduced."""
 
     @property
     def models(self) -> list[Glm4vModel]:
@@ -65,7 +68,7 @@ def assemble(config: StageConfig, models: Sequence[Glm4vModel]) -> Assembly:
     chunks = _wrap(config, models)
     optimizer = build_optimizer(chunks, config)
     _connect(models[0].config, chunks, optimizer, config)
-    return Assembly(config, config.model.shape, chunks, optimizer)
+    return Assembly(config, config.model.shape, chunks, optimizer, OwnGradients(chunks))
 
 
 def _wrap(config: StageConfig, models: Sequence[Glm4vModel]) -> list[DistributedDataParallel]:
@@ -76,7 +79,7 @@ def _wrap(config: StageConfig, models: Sequence[Glm4vModel]) -> list[Distributed
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and layout.distributed_optimizer,
         use_distributed_optimizer=layout.distributed_optimizer,
-        check_for_nan_in_grad=False,
+        check_for_nan_in_grad=True,  # what is done then is `OwnGradients`
     )
     return [
         DistributedDataParallel(model.config, ddp, model, disable_bucketing=number > 0) for number, model in enumerate(models)

@@ -232,6 +232,20 @@ class Checkpointer:
             restore_generators(loaded["random"])
         return TrainState(**manifest["state"])
 
+    def return_to_latest(self) -> TrainState | None:
+        """Go back to the newest whole checkpoint within a run; one that is being written is completed first.
+
+        Returns:
+            As `load_latest`.
+
+        Raises:
+            CheckpointError: as for `load_latest`.
+        """
+        if self._pending is not None:
+            self._attempt(self._finish, self._pending.state.step, must=False)
+        gather_weights(self._chunks)
+        return self.load_latest()
+
     def load_weights_only(self, path: Path) -> None:
         """Start from the weights of another run (``checkpoint.start_from``), in any layout and precision.
 

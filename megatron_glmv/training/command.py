@@ -13,6 +13,7 @@ from megatron_glmv.parallel import platform
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.flops import device_peak
+from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.job import Job, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
@@ -52,7 +53,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)
     with contextlib.ExitStack() as stack:
-        stream = open_stream(config, held_out=False, first_step=state.step)
+        stream = open_stream(config, held_out=False, first_step=state.next_batch())
         stack.callback(stream.close)
         eval_stream = open_stream(config, held_out=True) if config.data.eval_sources else None
         if eval_stream is not None:
@@ -73,7 +74,19 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
         begin_run(job, config, models, state)
         observer = Observer(assembly)
         profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
-        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, job, observer, profiler)
+        yield Run(
+            config,
+            assembly,
+            checkpointer,
+            state,
+            stream,
+            eval_stream,
+            metrics,
+            job,
+            Guard(config.guard, state),
+            observer,
+            profiler,
+        )
 
 
 def _peak_tflops(config: TrainConfig) -> float | None:

@@ -110,6 +110,11 @@ class MetricsWriter:
         """Print a line that stays: a checkpoint written, a sample that did not decode."""
         self._recorder.note(text)
 
+    def go_back(self, step: int) -> None:
+        """Forget what was reported after `step`: the run has returned to a checkpoint."""
+        self._interval.clear()
+        self._recorder.go_back(step)
+
     def close(self) -> None:
         """Flush everything."""
         self._recorder.close()

@@ -31,7 +31,7 @@ class Recorder:
     """
 
     def __init__(self, run_folder: Path, config: MetricsConfig, first_step: int = 0, stream: TextIO | None = None) -> None:
-        self.path = run_folder / METRICS_FILE
+        self.path, self._folder = run_folder / METRICS_FILE, run_folder
         self._line = ProgressLine(stream)
         run_folder.mkdir(parents=True, exist_ok=True)
         rewind(self.path, first_step)
@@ -62,6 +62,15 @@ class Recorder:
     def note(self, text: str) -> None:
         """Print a line that stays: a checkpoint written, a sample that did not decode."""
         self._line.note(text)
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after `step`: the run has returned to a checkpoint. Weights & Biases keeps it."""
+        self._file.close()
+        rewind(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._board is not None:
+            self._board.close()
+            self._board = _open_board(self._folder / "tensorboard", step)
 
     def close(self) -> None:
         """Flush everything."""

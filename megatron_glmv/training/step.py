@@ -25,6 +25,7 @@ from megatron_glmv.sequence.patches import num_flat_patches
 from megatron_glmv.training.agreement import Agreement
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.flops import Flops, row_flops
+from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Tensor, Any]]
@@ -54,24 +55,28 @@ class StepResult:
     """What the ranks agreed on beside it."""
 
 
-def train_step(assembly: Assembly, batch: StepRows, step: int, *, stop: bool = False) -> StepResult:
+def train_step(assembly: Assembly, batch: StepRows, step: int, *, guard: Guard | None = None, stop: bool = False) -> StepResult:
     """Run one optimizer update on this replica's rows of the step.
 
     Args:
         assembly: this rank's model and optimizer.
         batch: this replica's rows; pictures and faults on the decoding rank only.
         step: counted from 0; fixes the learning rates.
+        guard: asked before the update whether the step is as usual.
         stop: this rank was asked to stop; all learn of it at the end of the step.
     """
     for chunk in assembly.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     assembly.optimizer.zero_grad()
+    assembly.own_gradients.clear()
     rows, bad = agree_on_faults(batch)
     outputs = run_schedule(assembly, rows, forward_only=False)
     rates = set_learning_rates(assembly.optimizer, step, assembly.config)
-    outcome = step_optimizer(assembly.optimizer, stop=stop)
     loss, tokens = reduce_loss(outputs)
+    outcome = step_optimizer(
+        assembly.optimizer, accept=lambda norm: guard is None or not guard.find_spike(loss, norm), stop=stop
+    )
     useful, images, bad_samples, flops = _count(assembly, rows, bad)
     return StepResult(
         loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied, outcome.agreement
