@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.core import parallel_state
@@ -31,6 +31,8 @@ class Assembly:
     optimizer: MegatronOptimizer
     own_gradients: OwnGradients
     """Marks what is not finite before it is reduced."""
+    begin_row: Callable[[int, int, str], None]
+    """Told of each micro-batch that begins: its number, their number, the row's id."""
 
     @property
     def models(self) -> list[Glm4vModel]:
@@ -58,17 +60,22 @@ def assemble_model(config: StageConfig) -> list[Glm4vModel]:
     return models
 
 
-def assemble(config: StageConfig, models: Sequence[Glm4vModel]) -> Assembly:
+def assemble(
+    config: StageConfig,
+    models: Sequence[Glm4vModel],
+    begin_row: Callable[[int, int, str], None] = lambda number, total, key: None,
+) -> Assembly:
     """Wrap the chunks, build the optimizer and connect both to Megatron's schedules.
 
     Args:
         config: the whole configuration.
         models: this rank's chunks, with the weights that training starts from.
+        begin_row: told of each micro-batch that begins.
     """
     chunks = _wrap(config, models)
     optimizer = build_optimizer(chunks, config)
     _connect(models[0].config, chunks, optimizer, config)
-    return Assembly(config, config.model.shape, chunks, optimizer, OwnGradients(chunks))
+    return Assembly(config, config.model.shape, chunks, optimizer, OwnGradients(chunks), begin_row)
 
 
 def _wrap(config: StageConfig, models: Sequence[Glm4vModel]) -> list[DistributedDataParallel]:

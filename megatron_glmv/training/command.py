@@ -48,7 +48,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     watchdog = job.watchdog
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
-    assembly = assemble(config, models)
+    assembly = assemble(config, models, watchdog.begin_row)
     checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)

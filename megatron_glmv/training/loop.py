@@ -16,7 +16,7 @@ from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.step import StepResult, evaluate_step, train_step
+from megatron_glmv.training.step import StepResult, evaluate_step, row_key, train_step
 
 
 @dataclass
@@ -57,6 +57,7 @@ def _train(run: Run) -> bool:
         started, waited = time.perf_counter(), run.stream.wait_s
         watchdog.beat(state.step, "data")
         batch = run.stream.step(state.next_batch())
+        watchdog.rows = [row_key(row) for row in batch.rows]
         watchdog.beat(state.step, "step")
         run.profiler.before_step(state.step + 1)
         with run.observer.watch(state.step + 1):

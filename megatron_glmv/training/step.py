@@ -128,7 +128,7 @@ def run_schedule(
         weighted losses, and number of trained tokens.
     """
     num_chunks = len(assembly.chunks)
-    iterators = [iter(rows) for _ in range(num_chunks)]
+    iterators = [_begin_rows(assembly, rows), *(iter(rows) for _ in range(num_chunks - 1))]
     return get_forward_backward_func()(
         forward_step_func=forward_step or partial(_forward_step, assembly.config),
         data_iterator=iterators if num_chunks > 1 else iterators[0],
@@ -138,6 +138,18 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def _begin_rows(assembly: Assembly, rows: Sequence[Any]) -> Iterator[Any]:
+    """The rows, each announced when it is taken."""
+    for number, row in enumerate(rows, 1):
+        assembly.begin_row(number, len(rows), row_key(row))
+        yield row
+
+
+def row_key(row: Any) -> str:
+    """The id of a packed row, or of what carries one."""
+    return str(getattr(getattr(row, "row", row), "key", ""))
 
 
 def _forward_step(config: StageConfig, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
