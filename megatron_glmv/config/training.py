@@ -78,6 +78,8 @@ class MetricsConfig(Config):
     every_steps: int = Field(default=1, ge=1)
     """Steps between lines of the log and points of TensorBoard."""
     tensorboard: bool = True
+    ranks_every_steps: int = Field(default=100, ge=0)
+    """Steps between comparisons of all ranks, which name the slowest; 0: none."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in the training precision; null: known for H100/H200/A100, else no MFU."""
     observe_every_steps: int = Field(default=50, ge=0)
@@ -183,7 +185,12 @@ class StageConfig(Config):
         shape = self.model.shape
         self.parallel.check_model(shape)
         if self.model.lora is not None:
-            adapted_layers(self.model.lora, shape)
+            adapted = adapted_layers(self.model.lora, shape)
+            if self.parallel.vision == "images" and any("visual" in name for name in adapted):
+                raise ConfigError(
+                    "parallel.vision: images cannot be had with adapters in the vision tower or the merger; leave them out of "
+                    "model.lora, or use tensor"
+                )
         length, layout = self.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
         if self.precision.fp8_text != "off":

@@ -21,6 +21,7 @@ from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
+from megatron_glmv.training.stragglers import Stragglers
 
 
 def run(config: TrainConfig) -> int:
@@ -72,7 +73,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             stack.callback(metrics.close)
             job.events.say = metrics.note
         begin_run(job, config, models, state)
-        observer = Observer(assembly)
+        observer, stragglers = Observer(assembly), Stragglers(assembly)
         profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
         yield Run(
             config,
@@ -85,6 +86,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             job,
             Guard(config.guard, state),
             observer,
+            stragglers,
             profiler,
         )
 

@@ -17,6 +17,7 @@ from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.step import StepResult, evaluate_step, row_key, train_step
+from megatron_glmv.training.stragglers import Stragglers
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Run:
     job: Job
     guard: Guard
     observer: Observer
+    stragglers: Stragglers
     profiler: Profiler
 
 
@@ -46,6 +48,7 @@ def train(run: Run) -> bool:
     with run.job.stop.listening():
         stopped = _train(run)
     run.checkpointer.close()
+    report_save(run)
     end_run(run.job, run.state, stopped=stopped)
     return not stopped
 
@@ -60,22 +63,23 @@ def _train(run: Run) -> bool:
         watchdog.rows = [row_key(row) for row in batch.rows]
         watchdog.beat(state.step, "step")
         run.profiler.before_step(state.step + 1)
-        with run.observer.watch(state.step + 1):
+        with run.observer.watch(state.step + 1), run.stragglers.watch(state.step + 1):
             result = train_step(run.assembly, batch, state.step, guard=run.guard, stop=run.job.stop.is_requested())
         run.profiler.after_step(state.step + 1, last=state.step + 1 == config.steps)
         if went_back(run, result):
             continue
         advance(state, config, result)
         observation = run.observer.look(result.grad_norm)
+        wait_s = run.stream.wait_s - waited
+        ranks = run.stragglers.compare(wait_s)
         if run.metrics is not None:
-            run.metrics.log_step(
-                describe_step(config, state, result, time.perf_counter() - started, run.stream.wait_s - waited)
-            )
+            run.metrics.log_step(describe_step(config, state, result, time.perf_counter() - started, wait_s))
+            if ranks is not None:
+                run.metrics.log_ranks(state.step, ranks)
             if observation is not None:
                 run.metrics.log_observation(state.step, observation)
         watchdog.beat(state.step, "checkpoint")
-        if run.checkpointer.poll() and run.metrics is not None:
-            run.metrics.note(f"checkpoint complete, {state.step} steps done")
+        run.checkpointer.poll()
         last = state.step == config.steps
         stopping = result.agreement.stop and not last
         # Before the save, so that a run killed between the two evaluates again.
@@ -84,7 +88,15 @@ def _train(run: Run) -> bool:
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state, must=last or stopping)
+        report_save(run)
     return stopping
+
+
+def report_save(run: Run) -> None:
+    """Report a checkpoint that has become complete."""
+    save = run.checkpointer.take_report()
+    if save is not None and run.metrics is not None:
+        run.metrics.log_save(save)
 
 
 def went_back(run: Run, result: StepResult) -> bool:

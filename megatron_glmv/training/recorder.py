@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from megatron_glmv.config.base import InputError, read_yaml
 from megatron_glmv.config.training import MetricsConfig, WandbConfig
+from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.observation import Histogram, Observation
 from megatron_glmv.training.progress import ProgressLine
 
@@ -80,6 +81,13 @@ class Recorder:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def record_save(recorder: Recorder, save: SaveReport, kind: str) -> None:
+    """Record and say what a checkpoint cost that has become complete."""
+    recorder.write({"step": save.step, "checkpoint": {"stall_s": save.stall_s, "seconds": save.seconds}}, kind)
+    stall = f"training stood still for {save.stall_s:.2f} of its {save.seconds:.2f} s"
+    recorder.note(f"checkpoint of step {save.step} complete; {stall}")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

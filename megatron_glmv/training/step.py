@@ -18,7 +18,7 @@ from megatron_glmv.config.parallel import FP8_MULTIPLE
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.glm4v import Glm4vModel
-from megatron_glmv.model.inputs import ModelInputs, make_inputs
+from megatron_glmv.model.inputs import FrameShare, ModelInputs, make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
@@ -173,11 +173,12 @@ def chunk_inputs(config: StageConfig, row: PackedSequence, model: Glm4vModel) ->
         row,
         shape,
         platform.device(),
-        tensor=parallel_state.get_tensor_model_parallel_world_size(),
+        tensor=config.parallel.vision_tensor,
         context=parallel_state.get_context_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         with_vision=model.pre_process,
         merged_multiple=FP8_MULTIPLE if config.precision.fp8_vision != "off" else 1,
+        share=FrameShare(*groups.place_among_vision_ranks()) if config.parallel.vision == "images" else FrameShare(),
     )
 
 
