@@ -84,9 +84,10 @@ def compare_ranks(computed: list[float], waited: list[float], stages: list[int])
         waited: seconds of each rank.
         stages: pipeline stage of each rank; only ranks of one stage have the same work.
     """
-    mean = {
-        stage: sum(s for s, of in zip(computed, stages, strict=True) if of == stage) / stages.count(stage) for stage in stages
-    }
+    total: dict[int, float] = {}
+    for seconds, stage in zip(computed, stages, strict=True):
+        total[stage] = total.get(stage, 0.0) + seconds
+    mean = {stage: seconds / stages.count(stage) for stage, seconds in total.items()}
     ratios = [seconds / max(mean[stage], 1e-9) for seconds, stage in zip(computed, stages, strict=True)]
     slowest, waiting = ratios.index(max(ratios)), waited.index(max(waited))
     return {

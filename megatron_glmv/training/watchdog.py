@@ -186,6 +186,7 @@ class Watchdog:
         signal.setitimer(signal.ITIMER_REAL, self._timeout_s + 7 * self._interval_s)
 
     def _give_up(self) -> None:
+        self._arm()  # for what is still to be done
         faulthandler.cancel_dump_traceback_later()
         report = f"no progress for {self._timeout_s:g} s: {self._who_is_behind(self.read())}"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
