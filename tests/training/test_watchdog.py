@@ -86,7 +86,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
         runs = {
             # A frozen rank does not end by itself; the launcher kills it when the others have.
             fault: pool.submit(
-                watch_ranks, run, ranks, str(folders[fault]), fault, timeout_s=150.0, stop_on_failure=fault == "frozen"
+                watch_ranks, run, ranks, str(folders[fault]), fault, timeout_s=400.0, stop_on_failure=fault == "frozen"
             )
             for fault, ranks in FAULTS.items()
         }
