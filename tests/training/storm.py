@@ -1,4 +1,4 @@
-"""A storm of SIGKILLs over one run with restarts, and what is left of it: `python -m tests.training.storm --kills 50 FOLDER`.
+"""A storm of SIGKILLs over one run with restarts, and what is left of it.
 
 Every third kill strikes inside a save, every third at a random moment after a restart, its first seconds included, the others
 after some steps. The run must end with the losses of one that nothing disturbed, bit for bit, and every checkpoint that counts
@@ -7,11 +7,8 @@ as complete must load.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -144,23 +141,6 @@ def load_all(rank: int, file: str, scratch: str) -> list[int]:
     return steps
 
 
-def main() -> None:
-    """Rage, compare, load, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
-    folder, kills = arguments.folder, arguments.kills
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    calm = start_stage("train", run_file(folder, "calm", kills), RANKS)
-    output, _ = calm.communicate()
-    assert calm.returncode == 0, output
-    storm = rage(run_file(folder, "storm", kills), folder / "storm", kills, arguments.seed)
-    print(json.dumps(figures(folder, storm), indent=1))
-
-
 def figures(folder: Path, storm: Storm) -> dict[str, object]:
     """What the storm has shown."""
     run = folder / "storm"
@@ -178,7 +158,3 @@ def figures(folder: Path, storm: Storm) -> dict[str, object]:
         "damaged": len(events_of(run, "damaged")),
         "left half-written": len(list((run / "checkpoints").glob("*.partial"))),
     }
-
-
-if __name__ == "__main__":
-    main()
