@@ -5,7 +5,7 @@
 
 Text is long-tailed (log-normal, median 500 tokens). The picture mixture has 30 % text, 55 % samples of one picture and 15 % of
 two to eight, each of 16 to 6,144 tokens. "slowest of 8" is the cost of the costliest of 8 random rows over the mean: what a
-step of 8 replicas takes, where 1.00 is perfect balance; cost is that of `megatron_glmv/data/cost.py`, padding included.
+step of 8 replicas takes, where 1.00 is perfect balance; cost is that of `megatron_glmv/sequence/cost.py`, padding included.
 The bound is what no packing beats: a sample that costs more than the mean row makes a costly row wherever it stands.
 """
 
@@ -27,9 +27,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.data.cost import cost_model
 from megatron_glmv.data.even_rows import step_cost
 from megatron_glmv.data.packing import pack_lengths
+from megatron_glmv.sequence.cost import cost_model
 
 ALIGN = 8
 Ints = npt.NDArray[np.int64]

@@ -26,12 +26,12 @@ from data_tools.headers import PackedMedium
 from data_tools.measure import MeasuredChunk
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.data.chat import Chat
-from megatron_glmv.data.cost import cost_model
 from megatron_glmv.data.media import Clip, Picture
 from megatron_glmv.data.packing import pack_lengths
 from megatron_glmv.data.picture_files import PictureError, convert_picture
 from megatron_glmv.data.sample import SampleError
 from megatron_glmv.data.shards import ShardWriter
+from megatron_glmv.sequence.cost import cost_model
 from megatron_glmv.sequence.packed import Document
 
 WINDOW = 1 << 18

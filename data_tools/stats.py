@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from data_tools.inspect_rows import choose_rows
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.data.cost import cost_model
 from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.sequence.cost import cost_model
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

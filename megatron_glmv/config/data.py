@@ -31,6 +31,8 @@ class DataConfig(Config):
     """Held-out rows for the evaluation loss."""
     shuffle: bool = True
     """Permute the rows of every source anew each epoch; false keeps the order of the shards."""
+    even_ranks: bool = True
+    """Deal the rows of a step to data-parallel ranks so that they cost alike in both towers; false deals them in order."""
     decode_device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where pictures and videos are decoded; auto takes the GPU where there is one."""
     decode_threads: int = Field(default=2, ge=1)

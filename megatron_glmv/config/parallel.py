@@ -26,6 +26,11 @@ class ParallelConfig(Config):
     """Model chunks of each stage (interleaved schedule); 1 is the plain 1F1B schedule."""
     context: int = Field(default=1, ge=1)
     """Ranks that share each row's tokens."""
+    vision: Literal["tensor", "images"] = "tensor"
+    """How the ranks of a first stage share the vision tower and the merger. tensor: as they share the decoder, by tensor
+    parallelism, each context rank for itself. images: every tensor and context rank holds both whole and encodes a share of a
+    row's frames, dealt by cost; nothing is exchanged within their layers, features are gathered once, and the memory of both
+    is that of one rank."""
     expert: int = Field(default=1, ge=1)
     """Expert parallelism; only 1: the dense models have no experts."""
     distributed_optimizer: bool = True
@@ -54,6 +59,11 @@ class ParallelConfig(Config):
         return self.sequence and self.tensor > 1
 
     @property
+    def vision_tensor(self) -> int:
+        """Ranks that share the matrices of the vision tower and the merger."""
+        return self.tensor if self.vision == "tensor" else 1
+
+    @property
     def row_alignment(self) -> int:
         """Documents of a row must start at multiples of this many tokens, so that context ranks cut each evenly."""
         return 2 * self.context if self.context > 1 else 1
@@ -67,16 +77,18 @@ class ParallelConfig(Config):
         text, vision = shape.text, shape.vision
         for what, count in (
             ("decoder attention heads", text.num_heads),
-            ("ViT attention heads", vision.num_heads),
             ("decoder MLP width", text.ffn_hidden_size),
+            ("vocabulary", text.vocab_size),
+            ("ViT attention heads", vision.num_heads),
             ("ViT MLP width", vision.ffn_hidden_size),
             ("merger MLP width", vision.merger_ffn_hidden_size),
-            ("vocabulary", text.vocab_size),
         ):
-            if count % self.tensor:
+            of_vision = not what.startswith(("decoder", "vocabulary"))
+            if count % (self.vision_tensor if of_vision else self.tensor):
+                other = ", or parallel.vision=images" if of_vision else ""
                 raise ConfigError(
                     f"parallel.tensor: {count} {what} cannot be divided over {self.tensor} tensor ranks; "
-                    f"use one of {_divisors(count)}"
+                    f"use one of {_divisors(count)}{other}"
                 )
         larger, smaller = max(text.num_kv_heads, self.tensor), min(text.num_kv_heads, self.tensor)
         if larger % smaller:

@@ -78,6 +78,8 @@ class MetricsConfig(Config):
     every_steps: int = Field(default=1, ge=1)
     """Steps between lines of the log and points of TensorBoard."""
     tensorboard: bool = True
+    ranks_every_steps: int = Field(default=100, ge=0)
+    """Steps between comparisons of all ranks, which name the slowest; 0: none."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in the training precision; null: known for H100/H200/A100, else no MFU."""
     observe_every_steps: int = Field(default=50, ge=0)
@@ -106,6 +108,29 @@ class ProfileConfig(Config):
     """Also record every allocation; makes large files."""
     stacks: bool = False
     """Also record the Python lines that operations came from; makes large files."""
+
+
+GuardPolicy = Literal["skip", "rollback", "stop"]
+"""skip: go on with the next rows. rollback: return to the last checkpoint, and leave the rows out. stop: end the run."""
+
+
+class GuardConfig(Config):
+    """What is done about a step that goes wrong; its update is never applied."""
+
+    non_finite: GuardPolicy = "skip"
+    """When a gradient is not finite on any rank."""
+    spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """When loss or gradient norm are far above those of the steps before; off: not looked at."""
+    loss_deviations: float = Field(default=8.0, gt=0)
+    """A loss is a spike so many standard deviations (by the median deviation) above the window's median."""
+    norm_factor: float = Field(default=20.0, gt=1)
+    """A gradient norm is a spike at so many times the window's median."""
+    window: int = Field(default=100, ge=8)
+    """Applied steps that tell what is usual; before there are as many, nothing is a spike."""
+    rollback_batches: int = Field(default=1, ge=1)
+    """Global batches that a rollback leaves out: that of the step, and those before it."""
+    max_in_a_row: int = Field(default=10, ge=1)
+    """The run ends at more refused steps in a row, or more rollbacks to the same checkpoint."""
 
 
 class EvaluationConfig(Config):
@@ -160,7 +185,12 @@ class StageConfig(Config):
         shape = self.model.shape
         self.parallel.check_model(shape)
         if self.model.lora is not None:
-            adapted_layers(self.model.lora, shape)
+            adapted = adapted_layers(self.model.lora, shape)
+            if self.parallel.vision == "images" and any("visual" in name for name in adapted):
+                raise ConfigError(
+                    "parallel.vision: images cannot be had with adapters in the vision tower or the merger; leave them out of "
+                    "model.lora, or use tensor"
+                )
         length, layout = self.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
         if self.precision.fp8_text != "off":
@@ -194,6 +224,7 @@ class TrainConfig(StageConfig):
     global_batch_rows: int = Field(ge=1)
     """Packed rows of one step, over all data-parallel ranks. A micro-batch is always one row."""
     data: DataConfig
+    guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     length_key: ClassVar[str] = "data.sequence_length"

@@ -60,18 +60,20 @@ def gather_hf_tensors(
     owners = pipeline_owners(local, shape)
     for name, found in entries(shape).items():
         shard = adapters[name].merge(local[name]).detach() if name in adapters else local.get(name)
-        tensor = _join_shards(name, shard) if shard is not None else None
+        tensor = _join_shards(name, shard, found.shape) if shard is not None else None
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             tensor = _to_first_stage(tensor, owners[name], found.shape)
         if tensor is not None and dist.get_rank() == 0:
             yield from to_hf(name, tensor, shape).items()
 
 
-def _join_shards(name: str, local: Tensor) -> Tensor | None:
+def _join_shards(name: str, local: Tensor, full_shape: tuple[int, ...]) -> Tensor | None:
     """The unsharded tensor on tensor rank 0 of this stage; None on the others."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    if size == 1 or split_of(name) == "whole":
+    if (
+        size == 1 or split_of(name) == "whole" or local.shape == full_shape
+    ):  # the last: a tower that is not cut over tensor ranks
         return local if rank == 0 else None
     local = local.contiguous()
     shards = [torch.empty_like(local) for _ in range(size)] if rank == 0 else None

@@ -76,6 +76,8 @@ def _fill(model_chunks: Sequence[Module], source: _Source, shape: ModelShape, wh
 @torch.no_grad()
 def _fill_one(found: Entry, parameter: Parameter, source: _Source) -> None:
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    if parameter.shape == found.shape:  # also of a tower that is not cut over tensor ranks
+        rank, size = 0, 1
     part = part_of_rank(found.name, found.shape, rank, size)
     rows = sum(stop - start for start, stop in part.rows)
     columns = [part.columns[1] - part.columns[0]] if part.columns else found.shape[1:]

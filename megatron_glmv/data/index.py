@@ -16,10 +16,10 @@ from megatron_glmv.config.base import Config, ConfigError, InputError, validate
 from megatron_glmv.config.model import ModelShape
 
 FORMAT: Final = "glmv-packed-rows"
-VERSION: Final = 1
+VERSION: Final = 2
 INDEX = "index.json"
-COLUMNS = ("offset", "head_bytes", "total_bytes", "tokens", "patches", "trained")
-"""Columns of a shard's rows.npy."""
+COLUMNS = ("offset", "head_bytes", "total_bytes", "tokens", "patches", "trained", "squared_tokens", "squared_patches")
+"""Columns of a shard's rows.npy; the last two are sums of squares over documents and over frames, for costs."""
 REPACK = "pack the data set again with `glmv-data pack`"
 
 
@@ -54,7 +54,7 @@ class PackedIndex(Config):
     """The contents of index.json: what a data set was packed for, and its shards. Written last: its presence means complete."""
 
     format: Literal["glmv-packed-rows"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     length: int = Field(ge=8)
     """Tokens of a row, the rounding of documents to `align` included."""
     align: int = Field(ge=1)

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from megatron_glmv.data.index import check_compatible
 from megatron_glmv.data.order import Draw, GlobalOrder
 from megatron_glmv.data.row_media import BadDocument, MediaDecoder, moving_frames
 from megatron_glmv.data.shards import ShardReader, StoredRow
+from megatron_glmv.sequence.cost import CostModel, cost_model
 from megatron_glmv.sequence.packed import PackedSequence, pack
 
 FREE_FAULTS = 10
@@ -119,6 +120,7 @@ class RowStream:
             seed=seed,
             global_batch_rows=global_batch_rows,
             shuffle=data.shuffle if shuffle is None else shuffle,
+            cost_of=_row_costs(readers, cost_model(shape), data.sequence_length) if data.even_ranks else None,
         )
         order.step(first_step, data_rank, data_size)
         decoder = None
@@ -175,6 +177,17 @@ class RowStream:
         self._next_step = step
         self._ahead = _ReadAhead(self._builder.rows_from(step, *self._replica), self._depth)
         self._stop = weakref.finalize(self, self._ahead.close)
+
+
+def _row_costs(readers: Sequence[ShardReader], model: CostModel, length: int) -> Callable[[Draw], float]:
+    """What training on a row costs, in tokens: every row its length, padding included, and what it has beyond."""
+
+    def cost(draw: Draw) -> float:
+        row = readers[draw.source].measures(draw.row)
+        attention = model.pair * (row["squared_tokens"] + row["tokens"]) / 2
+        return length + attention + model.patch * row["patches"] + model.patch_pair * row["squared_patches"]
+
+    return cost
 
 
 class _ReadAhead:

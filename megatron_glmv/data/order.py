@@ -7,12 +7,13 @@ a resumed run reads the same bytes, and the number of data-parallel replicas may
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
+from megatron_glmv.data.deal import deal_rows
 from megatron_glmv.data.mixture import Mixture
 
 ROUNDS = 6
@@ -79,6 +80,7 @@ class GlobalOrder:
         seed: int,
         global_batch_rows: int,
         shuffle: bool = True,
+        cost_of: Callable[[Draw], float] | None = None,
     ) -> None:
         """Describe the stream.
 
@@ -89,6 +91,7 @@ class GlobalOrder:
             seed: of the run, 0 or more.
             global_batch_rows: rows of one step over all replicas.
             shuffle: permute each source anew every epoch; false keeps the order on disk.
+            cost_of: what a row costs, in any unit: replicas are dealt rows that cost alike; None: they take them in order.
 
         Raises:
             ValueError: a source without rows, or weights that make no mixture.
@@ -97,7 +100,7 @@ class GlobalOrder:
             raise ValueError(f"source {names[list(sizes).index(0)]!r} holds no row")
         self._names, self._sizes = tuple(names), tuple(sizes)
         self._mixture = Mixture(weights, seed)
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle, self._cost_of = seed, shuffle, cost_of
         self.global_batch_rows = global_batch_rows
 
     def at(self, position: int) -> Draw:
@@ -110,7 +113,7 @@ class GlobalOrder:
         return Draw(source, row, epoch)
 
     def step(self, step: int, data_rank: int = 0, data_size: int = 1) -> tuple[Draw, ...]:
-        """The rows of one step that replica `data_rank` of `data_size` takes: a contiguous part of the global batch.
+        """The rows of one step that replica `data_rank` of `data_size` takes, in the order of the global batch.
 
         Raises:
             ValueError: the global batch does not divide by the replicas.
@@ -118,5 +121,9 @@ class GlobalOrder:
         share, rest = divmod(self.global_batch_rows, data_size)
         if rest:
             raise ValueError(f"a global batch of {self.global_batch_rows} rows does not divide by {data_size} replicas")
-        start = step * self.global_batch_rows + data_rank * share
-        return tuple(self.at(position) for position in range(start, start + share))
+        start = step * self.global_batch_rows
+        if data_size == 1 or self._cost_of is None:
+            return tuple(self.at(start + data_rank * share + number) for number in range(share))
+        draws = [self.at(start + number) for number in range(self.global_batch_rows)]
+        costs = [self._cost_of(draw) for draw in draws]
+        return tuple(draws[number] for number in deal_rows(costs, data_size)[data_rank])

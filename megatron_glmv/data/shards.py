@@ -153,9 +153,7 @@ class ShardWriter:
         head = self._tar.offset - start
         for name, data in members:
             self._add(name, data)
-        patches = sum(rows * columns for document in documents for rows, columns in document.frames)
-        trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
-        self._rows.append((start, head, self._tar.offset - start, len(tokens), patches, trained))
+        self._rows.append((start, head, self._tar.offset - start, *_measure(documents)))
         self.num_rows += 1
         self.num_samples += len(documents)
         self.num_tokens += len(tokens)
@@ -250,7 +248,7 @@ class ShardReader:
         return self.index.num_rows
 
     def measures(self, row: int) -> dict[str, int]:
-        """The row's entry of rows.npy by column name: offsets in bytes, useful tokens, patches, trained tokens."""
+        """The row's entry of rows.npy by column name: offsets in bytes, useful and trained tokens, patches, sums of squares."""
         shard, local = self._locate(row)
         return dict(zip(COLUMNS, self._rows[shard][local].tolist(), strict=True))
 
@@ -344,6 +342,14 @@ def _open_rows(folder: Path, shard: ShardEntry) -> npt.NDArray[np.int64]:
     if rows.shape != (shard.rows, len(COLUMNS)) or rows.dtype != np.int64:
         raise ShardError(f"{path}: {rows.dtype} {rows.shape} where int64 {(shard.rows, len(COLUMNS))} is expected; {REPACK}")
     return rows
+
+
+def _measure(documents: Sequence[Document]) -> tuple[int, int, int, int, int]:
+    """What rows.npy holds of a row's contents, in the order of its columns."""
+    lengths = [len(document.tokens) for document in documents]
+    frames = [rows * columns for document in documents for rows, columns in document.frames]
+    trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
+    return sum(lengths), sum(frames), trained, sum(n**2 for n in lengths), sum(n**2 for n in frames)
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.mappings import (
@@ -72,6 +73,18 @@ class Glm4vModel(MegatronModule):
         single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language_model.decoder.set_input_tensor(single)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As Megatron's; of a tower that is not cut over tensor ranks, the first of them writes."""
+        tree = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.pre_process and self.vision_model.config.tensor_model_parallel_size < self.config.tensor_model_parallel_size:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            for name, shard in tree.items():
+                if name.removeprefix(prefix).startswith(("vision_model.", "vision_projection.")):
+                    shard.replica_id = (shard.replica_id[0], rank, *shard.replica_id[2:])
+        return tree
+
     def forward(
         self,
         inputs: ModelInputs,
@@ -125,10 +138,23 @@ class Glm4vModel(MegatronModule):
     def _features(self, vision: VisionInputs) -> Tensor:
         """[V, 1, hidden] merged features of all frames, the same on every tensor rank."""
         features = self.vision_projection(self.vision_model(vision))
-        if self.config.sequence_parallel:
+        if vision.num_shared:
+            # Gradients are summed over the ranks: context ranks have read different tokens; the sum of the tensor ranks, which
+            # have read the same ones, becomes their mean with the parameters' gradients (`share_gradients`).
+            features = F.pad(features, (0, 0, 0, 0, 0, vision.num_shared - len(features)))
+            group = parallel_state.get_tensor_and_context_parallel_group()
+            return gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=True, group=group)
+        if self.config.sequence_parallel and self.vision_model.config.sequence_parallel:
             # Every tensor rank goes on to compute the same embeddings, so the gradient is cut, not summed.
             features = gather_from_sequence_parallel_region(features, tensor_parallel_output_grad=False)
         return features
+
+
+def share_gradients(*modules: MegatronModule) -> None:
+    """Have Megatron average the gradients of modules over tensor ranks that have each encoded other frames of the same rows."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.average_gradients_across_tp_domain = True
 
 
 def build_model(
@@ -166,6 +192,8 @@ def build_model(
         )
     for model in chunks:
         mark_tensor_parallel(model)
+        if parallel.vision == "images" and model.pre_process:
+            share_gradients(model.vision_model, model.vision_projection)
         for part in freeze:
             module = getattr(model, PARTS[part], None)
             if module is not None:

@@ -49,7 +49,7 @@ def mark_tensor_parallel(model: nn.Module) -> None:
     """
     for module in model.modules():
         for kind, axis in PARTITION.items():
-            if isinstance(module, kind) and not hasattr(module.weight, "tensor_model_parallel"):
+            if isinstance(module, kind) and module.tp_group.size() > 1 and not hasattr(module.weight, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 

@@ -8,7 +8,6 @@ Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vVisionModel.d
 from __future__ import annotations
 
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from megatron_glmv.config.model import VisionShape
 from megatron_glmv.model.norm import LayerNorm
 from megatron_glmv.model.specs import merger_mlp
-from megatron_glmv.model.vision import mark_partial
+from megatron_glmv.model.vision import mark_partial, vision_groups
 from megatron_glmv.parallel import platform
 
 
@@ -35,7 +34,7 @@ class VisionProjection(MegatronModule):
             config,
             merger_mlp(kind),
             ffn_hidden_size=shape.merger_ffn_hidden_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            tp_group=vision_groups(config).tp,
         )
         for module in (self.downsample, self.proj):
             mark_partial(module, config)

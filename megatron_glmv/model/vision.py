@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -36,17 +37,27 @@ def tensor_share(x: Tensor, config: TransformerConfig) -> Tensor:
     return x.chunk(config.tensor_model_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
 
 
+def vision_groups(config: TransformerConfig) -> ProcessGroupCollection:
+    """The groups of a tower's layers: Megatron's own, or this rank alone where the tower is not cut over tensor ranks."""
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    if config.tensor_model_parallel_size == 1:
+        # Of one rank, for the model has no experts; and Megatron has made it already, on every rank.
+        groups.tp = parallel_state.get_expert_model_parallel_group()
+    return groups
+
+
 class VisionModel(MegatronModule):
     """Patch embedding (one matrix product), position table, and a stack of ViT layers with attention by frame."""
 
     def __init__(self, config: TransformerConfig, shape: VisionShape, kind: str) -> None:
         super().__init__(config)
+        groups = vision_groups(config)
         self.shape = shape
         options = {"dtype": config.params_dtype, "device": platform.device()}
         self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden_size, **options)
         self.position_embedding = nn.Embedding(shape.position_grid**2, shape.hidden_size, **options)
         self.post_conv_layernorm = RMSNorm(config, shape.hidden_size, shape.norm_epsilon)
-        self.decoder = TransformerBlock(config, block(vision_layer(kind), shape.num_layers, kind))
+        self.decoder = TransformerBlock(config, block(vision_layer(kind), shape.num_layers, kind), pg_collection=groups)
         for module in (self.patch_embed, self.position_embedding):
             mark_partial(module, config)
 

@@ -118,6 +118,12 @@ def coordinates() -> str:
     return ", ".join(f"{name} {place}" for name, place in places.items())
 
 
+def place_among_vision_ranks() -> tuple[int, int]:
+    """This rank's place among the ranks of its replica that run the vision tower, and how many they are."""
+    group = parallel_state.get_tensor_and_context_parallel_group()
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
 def broadcast_patches(patches: torch.Tensor) -> None:
     """Send the decoding rank's pictures to the other ranks of its replica that run the vision tower, in place."""
     group = parallel_state.get_tensor_and_context_parallel_group()

@@ -74,7 +74,7 @@ def text_config(
         batch_p2p_comm=not overlaps_sends,
         overlap_p2p_comm=overlaps_sends,
         deallocate_pipeline_outputs=True,
-        **_common(parallel, precision, precision.fp8_text),
+        **_common(parallel, precision, precision.fp8_text, parallel.tensor),
         **_recompute(recompute.text),
     )
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -101,7 +101,7 @@ def vision_config(
         add_qkv_bias=False,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,
-        **_common(parallel, precision, precision.fp8_vision),
+        **_common(parallel, precision, precision.fp8_vision, parallel.vision_tensor),
         **_recompute(recompute.vision),
     )
 
@@ -119,16 +119,16 @@ def merger_config(shape: ModelShape, parallel: ParallelConfig, precision: Precis
         add_qkv_bias=False,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,
-        **_common(parallel, precision, precision.fp8_vision),
+        **_common(parallel, precision, precision.fp8_vision, parallel.vision_tensor),
     )
 
 
-def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str) -> dict[str, Any]:
-    """Fields that both towers share."""
+def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str, tensor: int) -> dict[str, Any]:
+    """Fields that both towers share; `tensor` ranks share the matrices."""
     dtype = DTYPES[precision.dtype]
     fields: dict[str, Any] = {
-        "tensor_model_parallel_size": parallel.tensor,
-        "sequence_parallel": parallel.sequence_parallel,
+        "tensor_model_parallel_size": tensor,
+        "sequence_parallel": parallel.sequence_parallel and tensor > 1,
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "normalization": "RMSNorm",

@@ -77,7 +77,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
     chat = _open_chat(config)
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
-    assembly = assemble(config, models)
+    assembly = assemble(config, models, watchdog.begin_row)
     checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     reference = None

@@ -34,7 +34,7 @@ from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, end_run
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import Recorder
+from megatron_glmv.training.recorder import Recorder, record_save
 from megatron_glmv.training.state import TrainState
 
 STATE_FILE = "rl.json"
@@ -93,6 +93,7 @@ def train(run: RlRun) -> bool:
     with run.job.stop.listening():
         stopped = _train(run)
     run.checkpointer.close()
+    _report_save(run)
     end_run(run.job, run.state, stopped=stopped)
     return not stopped
 
@@ -117,8 +118,7 @@ def _train(run: RlRun) -> bool:
             run.recorder.write(record, "rl")
             run.recorder.show(describe(record, config.steps, left_s), important=state.step == config.steps)
         run.job.watchdog.beat(state.step, "checkpoint")
-        if run.checkpointer.poll() and run.recorder is not None:
-            run.recorder.note(f"checkpoint complete, {state.step} iterations done")
+        run.checkpointer.poll()
         last = state.step == config.steps
         stopping = run.job.stop.is_agreed() and not last
         # Before the save, so that a run killed between the two evaluates again.
@@ -127,7 +127,14 @@ def _train(run: RlRun) -> bool:
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             run.job.watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
+        _report_save(run)
     return stopping
+
+
+def _report_save(run: RlRun) -> None:
+    save = run.checkpointer.take_report()
+    if save is not None and run.recorder is not None:
+        record_save(run.recorder, save, "rl")
 
 
 def iterate(run: RlRun) -> dict[str, Any]:
@@ -149,6 +156,9 @@ def iterate(run: RlRun) -> dict[str, Any]:
     state.step += 1
     state.consumed_tokens += policy.tokens
     state.skipped_steps += policy.refused
+    if policy.fault:
+        text = f"iteration {state.step}: gradients are not finite: {policy.fault}; the update was refused, and the run goes on"
+        run.job.events.record("skip", state.step, text)
     state.bad_samples += len(wave.bad_prompts)
     seconds = clock.seconds | {"rollout": wave.rollout_s, "reward": wave.reward_s, "total": clock.total()}
     record = record_of(

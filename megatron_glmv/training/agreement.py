@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-_NO_RANK = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -23,24 +21,19 @@ class Agreement:
     """No rank's guard refuses the update."""
     stop: bool
     """Some rank was asked to stop."""
-    source: int | None
-    """The first rank whose own gradients, before any reduction, were not finite."""
 
 
-def agree(*, finite: bool = True, own_finite: bool = True, accepted: bool = True, stop: bool = False) -> Agreement:
+def agree(*, finite: bool = True, accepted: bool = True, stop: bool = False) -> Agreement:
     """Join what the ranks have seen; every rank must call it.
 
     Args:
-        finite: the reduced gradients that this rank has are finite.
-        own_finite: those it computed itself were.
+        finite: the gradients that this rank has are finite.
         accepted: its guard has nothing against the update.
         stop: it was asked to stop.
     """
     if not dist.is_initialized():
-        return Agreement(finite and own_finite, accepted, stop, None if own_finite else 0)
-    source = _NO_RANK if own_finite else dist.get_rank()
-    said = [finite and own_finite, accepted, not stop, source]
-    values = torch.tensor([int(value) for value in said], dtype=torch.int32, device=torch.cuda.current_device())
+        return Agreement(finite, accepted, stop)
+    values = torch.tensor([finite, accepted, not stop], dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(values, op=dist.ReduceOp.MIN)
-    all_finite, all_accept, no_stop, first = values.tolist()
-    return Agreement(bool(all_finite), bool(all_accept), not no_stop, None if first == _NO_RANK else first)
+    all_finite, all_accept, no_stop = values.tolist()
+    return Agreement(bool(all_finite), bool(all_accept), not no_stop)

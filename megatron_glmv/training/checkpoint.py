@@ -42,6 +42,7 @@ from megatron_glmv.convert.checkpoint_tensors import read_index
 from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_choice import damage_of, newest_whole
+from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.checkpoint_ranks import (
     check_same_everywhere,
     gather_sums,
@@ -68,6 +69,8 @@ class _Pending:
     folder: Path
     state: TrainState
     extra: dict[str, str]
+    began: float
+    stalled_before_s: float
 
 
 class Checkpointer:
@@ -98,8 +101,9 @@ class Checkpointer:
         self._events = events or EventLog(config.run_folder, reports=dist.get_rank() == 0)
         self._pending: _Pending | None = None
         self._failures = 0
-        self.stall_s = 0.0
-        """Seconds that training has stood still for saves so far."""
+        self._began = 0.0, 0.0
+        self._stall_s = 0.0  # that training has stood still for saves so far
+        self._done: _Pending | None = None
         self._run = files.describe_run(config, _layout(config))
         self._save_strategy = get_default_save_sharded_strategy()
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -127,6 +131,7 @@ class Checkpointer:
             CheckpointError: the disk is full or refuses, the ``checkpoint.max_failures``-th time in a row, or `must`.
         """
         self._attempt(self._finish, state.step, must=False)
+        self._began = time.perf_counter(), self._stall_s
         self._attempt(lambda: self._save(state, extra or {}), state.step, must=must)
 
     def _attempt(self, action: Callable[[], None], step: int, *, must: bool) -> None:
@@ -143,7 +148,7 @@ class Checkpointer:
             text = f"{error}; training goes on and tries again at the next save (failure {self._failures} of {limit} in a row)"
             self._events.record("unsaved", step, text)
         finally:
-            self.stall_s += time.perf_counter() - started
+            self._stall_s += time.perf_counter() - started
 
     def _save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
         folder = folders.folder_of(self._config.run_folder, state.step)
@@ -170,24 +175,25 @@ class Checkpointer:
         self._validated = True
         written = {name: json.dumps(tree) for name, tree in extra.items()}
         write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
-        self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written)
+        self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written, *self._began)
         if not self._config.checkpoint.asynchronous:
             self._finish()
 
-    def poll(self) -> bool:
+    def poll(self) -> None:
         """Complete a background save if all ranks have written; cheap, meant for every step.
-
-        Returns:
-            Whether a checkpoint became complete in this call.
 
         Raises:
             CheckpointError: as for `save`.
         """
-        if self._pending is None or not on_all_ranks(self._pending.write.is_written()):
-            return False
-        step, before = self._pending.state.step, self._failures
-        self._attempt(self._finish, step, must=False)
-        return self._failures <= before
+        if self._pending is not None and on_all_ranks(self._pending.write.is_written()):
+            self._attempt(self._finish, self._pending.state.step, must=False)
+
+    def take_report(self) -> SaveReport | None:
+        """What the checkpoint cost that has become complete since the last call; None: none has."""
+        done, self._done = self._done, None
+        if done is None:
+            return None
+        return SaveReport(done.state.step, self._stall_s - done.stalled_before_s, time.perf_counter() - done.began)
 
     def close(self) -> None:
         """Wait for a background save and complete it.
@@ -232,6 +238,20 @@ class Checkpointer:
             restore_generators(loaded["random"])
         return TrainState(**manifest["state"])
 
+    def return_to_latest(self) -> TrainState | None:
+        """Go back to the newest whole checkpoint within a run; one that is being written is completed first.
+
+        Returns:
+            As `load_latest`.
+
+        Raises:
+            CheckpointError: as for `load_latest`.
+        """
+        if self._pending is not None:
+            self._attempt(self._finish, self._pending.state.step, must=False)
+        gather_weights(self._chunks)
+        return self.load_latest()
+
     def load_weights_only(self, path: Path) -> None:
         """Start from the weights of another run (``checkpoint.start_from``), in any layout and precision.
 
@@ -268,7 +288,7 @@ class Checkpointer:
             raise _unwritable(pending.folder, error) from error
         sums = gather_sums(pending.write.sums)
         on_first_rank(lambda: self._publish(pending, sums))
-        self._failures = 0
+        self._failures, self._done = 0, pending
 
     def _publish(self, pending: _Pending, sums: Sums) -> None:
         state = pending.state

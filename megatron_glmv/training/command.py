@@ -13,6 +13,7 @@ from megatron_glmv.parallel import platform
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.flops import device_peak
+from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.job import Job, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
@@ -20,6 +21,7 @@ from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
+from megatron_glmv.training.stragglers import Stragglers
 
 
 def run(config: TrainConfig) -> int:
@@ -47,12 +49,12 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     watchdog = job.watchdog
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
-    assembly = assemble(config, models)
+    assembly = assemble(config, models, watchdog.begin_row)
     checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)
     with contextlib.ExitStack() as stack:
-        stream = open_stream(config, held_out=False, first_step=state.step)
+        stream = open_stream(config, held_out=False, first_step=state.next_batch())
         stack.callback(stream.close)
         eval_stream = open_stream(config, held_out=True) if config.data.eval_sources else None
         if eval_stream is not None:
@@ -71,9 +73,22 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             stack.callback(metrics.close)
             job.events.say = metrics.note
         begin_run(job, config, models, state)
-        observer = Observer(assembly)
+        observer, stragglers = Observer(assembly), Stragglers(assembly)
         profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
-        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, job, observer, profiler)
+        yield Run(
+            config,
+            assembly,
+            checkpointer,
+            state,
+            stream,
+            eval_stream,
+            metrics,
+            job,
+            Guard(config.guard, state),
+            observer,
+            stragglers,
+            profiler,
+        )
 
 
 def _peak_tflops(config: TrainConfig) -> float | None:

@@ -40,13 +40,20 @@ class Heartbeat:
     """Ranks of the run; 0: not known."""
     coordinates: str = ""
     """Place in the layout: tensor, pipeline, context and data rank."""
+    micro_batch: int = 0
+    """Micro-batches of the phase that it has begun."""
     row: str = ""
-    """The micro-batch of the step that it last began, and the row's id."""
+    """The newest of them, and the row's id."""
 
     @property
     def place(self) -> str:
         """Where the rank is, for messages."""
         return f"step {self.step} ({self.phase})"
+
+    @property
+    def stage(self) -> str:
+        """The part of the coordinates that names the pipeline stage."""
+        return next((part for part in self.coordinates.split(", ") if part.startswith("pipeline")), "")
 
     @property
     def has_failed(self) -> bool:

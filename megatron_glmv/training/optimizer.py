@@ -121,7 +121,6 @@ def set_learning_rates(optimizer: MegatronOptimizer, step: int, config: StageCon
 def step_optimizer(
     optimizer: MegatronOptimizer,
     *,
-    own_finite: bool = True,
     accept: Callable[[float], bool] = lambda grad_norm: True,
     stop: bool = False,
 ) -> StepOutcome:
@@ -131,14 +130,13 @@ def step_optimizer(
 
     Args:
         optimizer: with the reduced gradients of the step.
-        own_finite: the gradients that this rank computed itself, before the reduction, are finite.
         accept: told the gradient norm if it is finite, whether the update is wanted.
         stop: this rank was asked to stop; the others learn of it with the same message.
     """
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     finite = math.isfinite(grad_norm) and not overflow and _duplicates_finite(optimizer)
-    found = agree(finite=finite, own_finite=own_finite, accepted=not finite or accept(grad_norm), stop=stop)
+    found = agree(finite=finite, accepted=not finite or accept(grad_norm), stop=stop)
     if not found.finite:
         return StepOutcome(False, grad_norm if not math.isfinite(grad_norm) else math.nan, found)
     if not found.accepted:

@@ -57,7 +57,16 @@ def _lines(run_folder: Path, config: Mapping[str, Any], records: Sequence[Mappin
     evaluated = next((record for record in reversed(records) if "eval_loss" in record or "eval" in record), None)
     if evaluated is not None:
         yield "held out", _evaluation(evaluated)
+    compared = next((record for record in reversed(records) if "ranks" in record), None)
+    if compared is not None:
+        found = compared["ranks"]
+        text = f"rank {found['rank']} computes longest, {found['ratio']:.2f} x the mean of its stage"
+        yield "ranks", f"{text}; rank {found['waiting_rank']} waits {found['wait_s']:.2f} s a step for rows"
     yield from _checkpoints(run_folder)
+    saved = next((record for record in reversed(records) if "checkpoint" in record), None)
+    if saved is not None:
+        cost = saved["checkpoint"]
+        yield "save", f"training stood still for {cost['stall_s']:.2f} s of the {cost['seconds']:.2f} s that the last one took"
     yield from _events(run_folder)
     faults = sum(sum(1 for _ in path.open("rb")) for path in run_folder.glob("bad_samples_*.jsonl"))
     if faults:

@@ -2,24 +2,29 @@
 
 Every rank keeps a small file in the run folder: step, phase, and when it was last heard of. Files outlive the ranks that die,
 whatever carries the collectives, and can be read afterwards. A thread of each rank renews the file and, when the main thread
-has not moved for too long, compares all files, names the rank that is behind, dumps its own stacks and ends its process; the
-peers then lose it and end too. If not even that thread can run, because native code holds the interpreter, Python's
-faulthandler, which needs no interpreter, does the rest.
+has not moved for too long, leaves the rank's stacks and last collectives; the first to notice joins those of all ranks in one
+report that names the rank that is behind, and all end. If not even that thread can run, because native code holds the
+interpreter, Python's faulthandler dumps the stacks and an alarm of the kernel ends the process; neither needs the interpreter.
 
 Collectives must not give up first: start process groups with :func:`collective_timeout_s`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+from megatron_glmv.training.events import record_event
+from megatron_glmv.training.hang_report import compose_report, first_behind, save_report, stacks_path, words_path, write_words
 from megatron_glmv.training.heartbeat import (
     FINISHED,
     FOLDER,
@@ -36,6 +41,8 @@ from megatron_glmv.training.heartbeat import (
 
 EXIT_CODE = 70
 """Exit code of a rank that its watchdog has ended."""
+_CLAIM, _DONE = "hang.txt", "hang.done"
+"""Left by the rank that reports: when it begins, with one line, and when the report is there."""
 _LOST_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "gloo", "nccl", "socket")
 
 
@@ -72,13 +79,18 @@ class Watchdog:
         self._stream = stream if stream is not None else sys.stderr
         self._interval_s = min(5.0, timeout_s / 10)
         self._own = own_heartbeat(rank, world_size, coordinates)
+        self.rows: Sequence[str] = ()
+        """Ids of the rows of the step, for reports."""
         self._moved = time.monotonic()
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        (self._folder / "hang.txt").unlink(missing_ok=True)
+        words_path(run_folder, rank).unlink(missing_ok=True)
+        if rank == 0:
+            for name in (_CLAIM, _DONE):
+                (self._folder / name).unlink(missing_ok=True)
         heartbeat_path(run_folder, rank).unlink(missing_ok=True)
         self._file = os.open(heartbeat_path(run_folder, rank), os.O_RDWR | os.O_CREAT, 0o644)
-        self._stacks = (self._folder / f"rank_{rank:04d}.stacks.txt").open("w", encoding="utf-8")
+        self._stacks = stacks_path(run_folder, rank).open("w", encoding="utf-8")
         self._publish()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -92,13 +104,27 @@ class Watchdog:
         """Say that the main thread has come to a phase of a step; all ranks must make the same calls. Costs microseconds."""
         self._moved = time.monotonic()
         with self._lock:
-            self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1)
+            self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1, micro_batch=0, row="")
         self._publish()
+
+    def begin_row(self, number: int, total: int, key: str) -> None:
+        """Say that a micro-batch begins; the watching thread writes it down. Costs a microsecond.
+
+        Args:
+            number: counted from 1, within the phase.
+            total: micro-batches of the phase.
+            key: the row's id.
+        """
+        self._moved = time.monotonic()
+        with self._lock:
+            row = f"micro-batch {number} of {total}, row {key[:100]}"
+            self._own = replace(self._own, micro_batch=self._own.micro_batch + 1, row=row)
 
     def stop(self, end: str = FINISHED) -> None:
         """Stop watching, at the end of a run; `end` is the rank's last word."""
         self._stopped.set()
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         self._end(end)
 
     def describe_failure(self, error: BaseException) -> str:
@@ -143,31 +169,68 @@ class Watchdog:
         ]
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._interval_s):
+        while not self._stopped.wait(self._next_look_s()):
             self._arm()
             self._publish(durable=True)
             if time.monotonic() - self._moved > self._timeout_s:
                 self._give_up()
 
+    def _next_look_s(self) -> float:
+        """Seconds to the next look: soon enough to notice a hang when its time is up."""
+        left_s = self._timeout_s - (time.monotonic() - self._moved)
+        return min(self._interval_s, max(left_s + 0.01, 0.05))
+
     def _arm(self) -> None:
-        """Let faulthandler end the process, stacks first, unless this thread comes back in time to postpone it."""
-        faulthandler.dump_traceback_later(self._timeout_s + 2 * self._interval_s, exit=True, file=self._stacks)
+        """Have the stacks dumped, and the process ended once the others have read them, unless this thread postpones both."""
+        faulthandler.dump_traceback_later(self._timeout_s + 2 * self._interval_s, file=self._stacks)
+        signal.setitimer(signal.ITIMER_REAL, self._timeout_s + 7 * self._interval_s)
 
     def _give_up(self) -> None:
+        self._arm()  # for what is still to be done
+        faulthandler.cancel_dump_traceback_later()
         report = f"no progress for {self._timeout_s:g} s: {self._who_is_behind(self.read())}"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
+        with contextlib.suppress(OSError):
+            write_words(self._run_folder, self._rank, self.rows)
         if self._claim_report(report):
-            print(report, file=self._stream, flush=True)
+            path = self._join_report(report)
+            print(f"{report}; {path or 'no report could be written'}", file=self._stream, flush=True)
+        else:
+            self._wait_for((self._folder / _DONE).exists, 5)
         self._end(report)
         os._exit(EXIT_CODE)
+
+    def _join_report(self, report: str) -> Path | None:
+        """Wait until all ranks that can have left their last words, and make one file of them."""
+
+        def all_have_spoken() -> bool:
+            return all(
+                words_path(self._run_folder, rank).exists() or _has_text(stacks_path(self._run_folder, rank))
+                for rank in range(self._world_size)
+            )
+
+        self._wait_for(all_have_spoken, 3.5)
+        beats = self.read()
+        try:
+            text = compose_report(self._run_folder, report, beats, [beat.rank for beat in beats if self._is_silent(beat)])
+            path = save_report(self._run_folder, text)
+            (self._folder / _DONE).touch()
+        except OSError:
+            return None
+        record_event(self._run_folder, "hang", self._own.step, f"{report}; {path}", report=str(path))
+        return path
+
+    def _wait_for(self, condition: Callable[[], bool], intervals: float) -> None:
+        deadline = time.monotonic() + intervals * self._interval_s
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _who_is_behind(self, beats: list[Heartbeat]) -> str:
         """Name the ranks with the fewest beats, and those that are not heard of any more."""
         missing = sorted(set(range(self._world_size)) - {b.rank for b in beats})
-        least = min(b.beats for b in beats)
-        behind = [b for b in beats if b.beats == least]
-        others = [b for b in beats if b.beats > least]
+        behind = first_behind(beats)
+        others = [b for b in beats if b not in behind]
         verb = "is" if len(behind) == 1 else "are"
         if others:
             places = sorted({(b.step, b.place) for b in others})
@@ -205,7 +268,7 @@ class Watchdog:
     def _claim_report(self, report: str) -> bool:
         """Whether this rank is the first to report; the others stay silent."""
         try:
-            with (self._folder / "hang.txt").open("x", encoding="utf-8") as file:
+            with (self._folder / _CLAIM).open("x", encoding="utf-8") as file:
                 file.write(report + "\n")
         except FileExistsError:
             return False
@@ -215,9 +278,16 @@ class Watchdog:
 
     def _hang_report(self) -> str:
         try:
-            return (self._folder / "hang.txt").read_text(encoding="utf-8").strip()
+            return (self._folder / _CLAIM).read_text(encoding="utf-8").strip()
         except OSError:
             return ""
+
+
+def _has_text(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
 
 
 def is_lost_peer(error: BaseException) -> bool:

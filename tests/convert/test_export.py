@@ -33,7 +33,7 @@ from tests.ranks import run_ranks
 LAYOUTS = {
     "fp32": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "overlap": False},
     "bf16": {"tensor": 4, "overlap": False},
-    "flash": {"tensor": 2, "pipeline": 2, "overlap": False},
+    "flash": {"tensor": 2, "pipeline": 2, "vision": "images", "overlap": False},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "flash": torch.float32}
 VARIANTS = {"fp32": "digits", "bf16": "digits", "flash": "flash"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.data.cost import cost_model
 from megatron_glmv.data.even_rows import build_rows, exchange, step_cost
 from megatron_glmv.data.packing import pack_lengths
+from megatron_glmv.sequence.cost import cost_model
 from megatron_glmv.training.flops import forward_flops
 
 SHAPE = ModelConfig(preset="glm-4.1v-9b").shape

@@ -25,6 +25,7 @@ from megatron_glmv.data.shards import ShardReader
 from megatron_glmv.data.video_frames import EncodedVideo, VideoDecoder
 from megatron_glmv.sequence.packed import RowError, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
+from megatron_glmv.training.flops import forward_flops
 from tests.data import rows as rows_module
 from tests.data.clips import broken_clips, clip
 from tests.data.pictures import broken, draw, encode
@@ -49,7 +50,7 @@ def open_stream():
     streams = []
 
     def opened(sources, **changes) -> RowStream:
-        keys = ("sequence_length", "max_bad_share", "prefetch_rows", "decode_threads")
+        keys = ("even_ranks", "sequence_length", "max_bad_share", "prefetch_rows", "decode_threads")
         data = {"sequence_length": LENGTH, "decode_threads": 1, "decode_device": "cpu"} | {
             key: changes.pop(key) for key in keys if key in changes
         }
@@ -188,7 +189,7 @@ def test_any_start_gives_the_same_bytes(sources, open_stream):
 def test_any_number_of_replicas_and_threads_gives_the_same_bytes(sources, open_stream):
     """On 2 replicas, then 4, then 3, with other threads and depths each time: what each step reads together never changes."""
     whole = open_stream(sources, global_batch_rows=12)
-    expected = {step: contents(whole.step(step)) for step in range(5)}
+    expected = {step: sorted(contents(whole.step(step))) for step in range(5)}
     found = {}
     for first, size in ((0, 2), (2, 4), (4, 3)):
         streams = [
@@ -197,8 +198,27 @@ def test_any_number_of_replicas_and_threads_gives_the_same_bytes(sources, open_s
             for rank in range(size)
         ]  # fmt: skip
         for step in {first, min(first + 1, 4)}:
-            found[step] = [row for stream in streams for row in contents(stream.step(step))]
+            found[step] = sorted(row for stream in streams for row in contents(stream.step(step)))
     assert found == expected
+
+
+def test_replicas_take_rows_that_cost_alike(sources, open_stream):
+    """The costs are counted anew from the rows themselves: operations of the whole row, padding included."""
+
+    def operations(row):
+        return forward_flops(SHAPE, row.document_lengths, [tuple(frame) for frame in row.frames.tolist()]).total
+
+    def skew(even_ranks):
+        streams = [open_stream(sources, global_batch_rows=12, data_rank=rank, data_size=2, even_ranks=even_ranks)
+                   for rank in range(2)]  # fmt: skip
+        worst = []
+        for step in range(6):
+            loads = [sum(operations(row) for row in stream.step(step).rows) for stream in streams]
+            worst.append(max(loads) / (sum(loads) / 2))
+        return sum(worst) / len(worst)
+
+    in_order, dealt = skew(False), skew(True)
+    assert dealt - 1 < (in_order - 1) / 3
 
 
 def test_steps_may_jump(sources, open_stream):

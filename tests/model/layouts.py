@@ -96,17 +96,26 @@ def _one_layout(variant: str, config: TrainConfig) -> tuple[float, float, dict[s
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
     parallel_state.destroy_model_parallel()
-    return loss, norm, _join(gathered)
+    return loss, norm, _join(gathered, shape)
 
 
-def _join(gathered: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
+def _join(gathered: list[tuple[int, dict[str, Tensor]]], shape: ModelShape) -> dict[str, Tensor]:
     """Whole gradients from every rank's; replicas and context ranks must agree bit for bit."""
     shards: dict[str, dict[int, Tensor]] = {}
     for tensor_rank, local in gathered:
         for name, gradient in local.items():
             known = shards.setdefault(name, {}).setdefault(tensor_rank, gradient)
             assert torch.equal(known, gradient), f"{name}: replicas of tensor rank {tensor_rank} hold different gradients"
-    return {name: mapping.join_ranks(name, [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
+    whole = mapping.megatron_names(shape)
+    return {name: _join_shares(name, [parts[rank] for rank in sorted(parts)], whole[name]) for name, parts in shards.items()}
+
+
+def _join_shares(name: str, parts: list[Tensor], whole: tuple[int, ...]) -> Tensor:
+    """Whole from every tensor rank's; what is not cut over tensor ranks must be the same on all of them."""
+    if parts[0].shape == whole:
+        assert all(torch.equal(part, parts[0]) for part in parts), f"{name}: tensor ranks hold different gradients"
+        return parts[0]
+    return mapping.join_ranks(name, parts)
 
 
 def first_weights(rank: int, folder: str, layouts: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]] | None:
@@ -119,5 +128,5 @@ def first_weights(rank: int, folder: str, layouts: Sequence[dict[str, Any]]) -> 
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
         parallel_state.destroy_model_parallel()
-        found.append(_join(gathered))
+        found.append(_join(gathered, config.model.shape))
     return found if rank == 0 else None

@@ -32,6 +32,11 @@ LAYOUTS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
     ("context 4", {"context": 4}, {}),
     ("tensor 2 x context 2", {"tensor": 2, "context": 2}, {}),
     ("pipeline 2 x context 2", {"pipeline": 2, "context": 2}, {}),
+    ("tensor 2, data 2, images dealt", {"tensor": 2, "vision": "images"}, {}),
+    ("tensor 2 without sequence, images dealt", {"tensor": 2, "sequence": False, "vision": "images"}, {}),
+    ("context 2, data 2, images dealt", {"context": 2, "vision": "images"}, {}),
+    ("tensor 2 x context 2, images dealt", {"tensor": 2, "context": 2, "vision": "images"}, {}),
+    ("tensor 2 x pipeline 2, images dealt", {"tensor": 2, "pipeline": 2, "vision": "images"}, FULL),
     ("data 4", {}, {}),
     ("data 4, no overlap", {"overlap": False}, {}),
     ("tensor 2, full recompute of both towers", {"tensor": 2}, FULL),
@@ -74,6 +79,7 @@ def test_every_parameter_has_a_gradient(results: Result) -> None:
 
 def test_first_weights_do_not_depend_on_the_layout(architecture: str) -> None:
     settings: list[dict[str, Any]] = [{}, {"tensor": 2, "pipeline": 2}, {"tensor": 4}, {"pipeline": 2, "virtual_pipeline": 2}]
+    settings.append({"tensor": 2, "vision": "images"})
     reference, *others = run_ranks(layouts.first_weights, 4, architecture, settings)[0]
     assert all(float(weight.std()) > 0 for name, weight in reference.items() if weight.dim() > 1)
     for other in others:

@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from megatron_glmv import cli
+from megatron_glmv.training.events import read_events
 from tests.data.rows import LENGTH, write_rows
 from tests.rl.test_trainer import config_file as rl_config_file
 from tests.slurm.cluster import NODES, Cluster, install_slurm
@@ -177,11 +178,10 @@ def test_a_preempted_job_saves_and_goes_on_later(
         "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", folder=tmp_path
     )
     cluster.wait_job(urgent, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
-    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert read_events(tmp_path / "run", ("stop",)), "the ranks did not save before they ended"
     found = cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
     assert found["Restarts"] == "1"
     assert losses_of(tmp_path / "run") == undisturbed
-    assert saved, "nothing was saved before the nodes were given away"
 
 
 def test_a_job_requeues_itself_before_its_time_limit(
@@ -194,6 +194,7 @@ def test_a_job_requeues_itself_before_its_time_limit(
         cluster.set_minutes_left(job, 3)
         wait_for_text(tmp_path / "out.txt", "USR1")
     cluster.wait_job(job, ["PENDING"], WAIT_S, lambda: output_of(tmp_path))
+    assert read_events(tmp_path / "run", ("stop",)), "the ranks did not save before they ended"
     cluster.set_minutes_left(job, 60)
     found = cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
     assert found["Restarts"] == "1"

@@ -112,11 +112,16 @@ def asynchronous(run_folder: Path) -> dict[str, Any]:
     checkpointer.save(TrainState(step=1))
     weights = trainer.weights()
     losses = [trainer.step(step)[0] for step in (1, 2)]
-    report["polled too early"] = checkpointer.poll()
+    checkpointer.poll()
+    report["polled too early"] = checkpointer.take_report()
     report["not yet"] = latest(run_folder)
     disk_answers.set()
-    while not checkpointer.poll():
-        pass
+    time.sleep(0.2)
+    save = None
+    while save is None:
+        checkpointer.poll()
+        save = checkpointer.take_report()
+    report["save"] = save
     report["polled"] = list(complete_folders(run_folder))
     trainer, checkpointer = opened(run_folder, SAVED, seed=99, **changes)
     checkpointer.load_latest()
@@ -293,6 +298,7 @@ def test_a_background_save_holds_its_moment(reports: list[dict[str, Any]]) -> No
         found = rank["asynchronous"]
         assert found["not yet"] is None and not found["polled too early"]
         assert found["polled"] == [1]
+        assert found["save"].step == 1 and 0 < found["save"].stall_s < found["save"].seconds - 0.2, "writing is no stall"
         assert found["same weights"] and found["same losses"]
         assert found["second"] == [3], "the newer one is complete, so keep=1 retires the older one"
         assert found["closed"] == [4]

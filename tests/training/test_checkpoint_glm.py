@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.model import oracle
 from tests.ranks import run_ranks
 
-SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2}
+SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2, "vision": "images"}
 OTHERS: dict[str, dict[str, Any]] = {
     "tensor 2 x context 2": {"tensor": 2, "context": 2},
     "pipeline 2 x virtual 2 x data 2": {"pipeline": 2, "virtual_pipeline": 2},

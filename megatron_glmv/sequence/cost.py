@@ -12,6 +12,7 @@ Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,28 @@ def cost_model(shape: ModelShape) -> CostModel:
     pair = 2 * shape.text.num_heads * shape.text.head_dim * shape.text.num_layers
     patch_pair = 2 * shape.vision.hidden_size * shape.vision.num_layers
     return CostModel(pair / token, _patch(shape.vision) / token, patch_pair / token)
+
+
+def deal_frames(vision: VisionShape, patches: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal the frames of a row to ranks that each encode their own, so that the costliest rank has little: largest first.
+
+    Args:
+        vision: the tower's numbers.
+        patches: [n] patches of each frame.
+        num_ranks: ranks that share the row.
+
+    Returns:
+        For each rank the indexes of its frames, rising; a rank may have none.
+    """
+    pair = 2 * vision.hidden_size * vision.num_layers
+    costs = [_patch(vision) * count + pair * count**2 for count in patches]
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks
+    for frame in sorted(range(len(costs)), key=lambda frame: (-costs[frame], frame)):
+        rank = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        shares[rank].append(frame)
+        loads[rank] += costs[frame]
+    return [sorted(share) for share in shares]
 
 
 def _token(text: TextShape) -> float:
