@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,12 +68,11 @@ def test_the_silent_node_alone_is_left_out(measured: Path, capsys: pytest.Captur
 
 def test_a_neighbour_that_never_comes_holds_nobody_up(tmp_path: Path) -> None:
     timeout_s = 20.0
-    start = time.monotonic()
     process = start_measuring(tmp_path, "a", "a,z", "--timeout-s", str(timeout_s))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert read_reports(tmp_path)["a"].pair_gb_s == {"z": None}
-    assert time.monotonic() - start < 3 * timeout_s  # the imports of the command itself come before its clock
+    assert float(output.split()[-2]) < 2 * timeout_s, output
 
 
 def well(node: str, **changes: object) -> NodeReport:
