@@ -33,7 +33,7 @@ from tests.stages import REPOSITORY, start_stage
 pytestmark = pytest.mark.slurm
 BATCH = str(REPOSITORY / "examples" / "slurm" / "train.sbatch")
 STEPS, EVERY = 30, 5
-WAIT_S = 400
+WAIT_S = 900
 
 
 @pytest.fixture(scope="module")
