@@ -150,6 +150,7 @@ def test_neighbours_are_mutual_and_nobody_is_alone(count: int) -> None:
         found = neighbours(nodes, node)
         assert any(found)
         if count > 2 and count % 2 == 0:
+            assert None not in found
             assert len(set(found)) == 2
         for number, peer in enumerate(found):
             assert peer is None or (peer != node and neighbours(nodes, peer)[number] == node)
