@@ -283,6 +283,7 @@ def test_reinforcement_learning_has_servers_on_a_node_of_their_own(cluster: Clus
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     engine = {"kind": "vllm", "weights": {"kind": "disk", "folder": str(tmp_path / "served")}, "gap_alarm": None}
+    engine["max_missing_share"] = 1.0  # the stand-in does not know pictures
     stage = rl_config_file(tmp_path, "run", steps=1, parallel={"timeout_s": 600}, engine=engine)
     changes = {"GLMV_SERVER_NODES": "1", "GLMV_SERVER_MODEL": str(tmp_path / "model"), "GLMV_SERVER_PORT": str(port)}
     changes |= {"VLLM": str(Path(__file__).with_name("fake_vllm_command.py"))}
