@@ -73,12 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="train one stage", description=cli_help.TRAIN, formatter_class=plain)
     _add_configuration(command, required=True)
-    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    _add_ranks(command)
     command.set_defaults(call=_train)
 
     command = commands.add_parser("rl", help="train one stage by rewards", description=cli_help.RL, formatter_class=plain)
     _add_configuration(command, required=False)
-    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    _add_ranks(command)
     command.add_argument(
         "--schema", action="store_true", help="print every key with its type, range and meaning as JSON schema"
     )
@@ -88,8 +88,18 @@ def build_parser() -> argparse.ArgumentParser:
         "status", help="what a run's folder says of it", description=cli_help.STATUS, formatter_class=plain
     )
     command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
+    command.add_argument(
+        "--exit-code", action="store_true", help="end with 0: finished, 3: can go on, 1: a restart would fail the same way"
+    )
     command.set_defaults(call=_status)
 
+    command = commands.add_parser(
+        "stop", help="save a run and end it after the step it is in", description=cli_help.STOP, formatter_class=plain
+    )
+    command.add_argument("run_folder", type=Path, metavar="RUN_FOLDER", help="run_folder of the configuration")
+    command.set_defaults(call=_stop)
+
+    _add_cluster(commands)
     _add_conversions(commands)
     _add_reward(commands)
     return parser
@@ -116,6 +126,43 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--answer-tokens", help="of an answer in reinforcement learning (default: half the longest)", **number)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the plan and the layouts there, too")
     command.set_defaults(call=_plan)
+
+
+def _add_cluster(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plain = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(
+        "preflight", help="check the nodes before a run", description=cli_help.PREFLIGHT, formatter_class=plain
+    )
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="of this check, on a disk that all nodes share")
+    _add_configuration(command, required=False)
+    command.add_argument("--among", metavar="NODES", help="measure this node as one of these, with commas between")
+    command.add_argument("--judge", metavar="NODES", help="judge what these nodes have measured, with commas between")
+    command.add_argument("--ranks-per-node", type=int, metavar="N", help="(default: the node's GPUs; 1 without)")
+    command.add_argument("--least", type=int, metavar="N", help="no fewer nodes can be used (default: 1)")
+    command.add_argument("--most", type=int, metavar="N", help="use no more nodes (default: all)")
+    command.add_argument("--unmeasured", action="store_true", help="take every node as well: nothing was measured")
+    command.add_argument(
+        "--slow",
+        type=float,
+        default=0.7,
+        metavar="SHARE",
+        help="of the median speed, below which a node is slow (default: 0.7)",
+    )
+    command.add_argument(
+        "--clock-s", type=float, default=5.0, metavar="S", help="by which clocks of neighbours may differ (default: 5)"
+    )
+    command.add_argument("--memory-gb", type=float, default=1.0, metavar="GB", help="that must be free (default: 1)")
+    command.add_argument(
+        "--disk-gb", type=float, default=1.0, metavar="GB", help="that must be free in FOLDER's file system (default: 1)"
+    )
+    command.add_argument("--timeout-s", type=float, default=120.0, metavar="S", help="for all measurements (default: 120)")
+    command.set_defaults(call=_preflight)
+
+    command = commands.add_parser(
+        "errors", help="what ended a job, first error on top", description=cli_help.ERRORS, formatter_class=plain
+    )
+    command.add_argument("folder", type=Path, metavar="LOG_FOLDER", help="RUN_FOLDER/logs, or a launch's folder in it")
+    command.set_defaults(call=_errors)
 
 
 def _add_conversions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -201,6 +248,17 @@ def _add_configuration(command: argparse.ArgumentParser, *, required: bool) -> N
     )
 
 
+def _add_ranks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine (outside torchrun)")
+    command.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="with --ranks: when a rank dies, start all again from the newest checkpoint, at most R times (default: 0)",
+    )
+
+
 def _load(items: Sequence[str], root: type[StageConfig] | None = None) -> StageConfig:
     """The checked tree of a command line's files and overrides; without a root, the one that fits: RL has prompts."""
     overrides = [item for item in items if "=" in item and not Path(item).is_file()]
@@ -273,12 +331,14 @@ def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConf
         raise ConfigError(f"--ranks: {arguments.ranks} is not a number of ranks; give 1 or more")
     if world is not None and arguments.ranks not in (None, world):
         raise ConfigError(f"--ranks: torchrun has already started {world} ranks; leave --ranks out under torchrun")
+    if arguments.restarts < 0 or (arguments.restarts and (world is not None or not arguments.ranks)):
+        raise ConfigError("--restarts: takes 0 or more and goes with --ranks; under torchrun, give torchrun --max-restarts")
     ranks = world or arguments.ranks or 1
     if ranks < config.parallel.model_ranks:
         raise ConfigError(_too_few(config, ranks, [command, *arguments.configuration]))
     config.data_parallel(ranks)
-    if world is None and ranks > 1:
-        return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder)
+    if world is None and (ranks > 1 or arguments.restarts):
+        return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder, arguments.restarts)
     return importlib.import_module(module).run(config)
 
 
@@ -291,13 +351,53 @@ def _too_few(config: StageConfig, ranks: int, words: Sequence[str]) -> str:
     )
 
 
-def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path) -> int:
+def _start_ranks(ranks: int, words: Sequence[str], run_folder: Path, restarts: int) -> int:
     """Start ranks on this machine and end with the exit code of the first that failed."""
-    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, words, run_folder)
+    return importlib.import_module("megatron_glmv.parallel.launch").start_ranks(ranks, words, run_folder, restarts)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    code = importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    return code if arguments.exit_code else OK
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    print(importlib.import_module("megatron_glmv.training.stop").request_stop(arguments.run_folder))
+    return OK
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    command = importlib.import_module("megatron_glmv.parallel.preflight_command")
+    limits = importlib.import_module("megatron_glmv.parallel.preflight_report").Limits(
+        arguments.slow, arguments.clock_s, arguments.memory_gb, arguments.disk_gb
+    )
+    ranks = arguments.ranks_per_node
+    if ranks is not None and ranks < 1:
+        raise ConfigError(f"--ranks-per-node: {ranks} is not a number of ranks; give 1 or more")
+    if not arguments.judge:
+        among = arguments.among.split(",") if arguments.among else []
+        return command.run_measure(arguments.folder, among, ranks, arguments.timeout_s, limits)
+    config = _load(arguments.configuration) if arguments.configuration else None
+
+    def usable(num_nodes: int) -> bool:
+        try:
+            return config is None or config.data_parallel(num_nodes * (ranks or 1)) > 0
+        except ConfigError:
+            return False
+
+    return command.run_judge(
+        arguments.folder,
+        arguments.judge.split(","),
+        limits,
+        usable=usable,
+        least=arguments.least,
+        most=arguments.most,
+        measured=not arguments.unmeasured,
+    )
+
+
+def _errors(arguments: argparse.Namespace) -> int:
+    print(importlib.import_module("megatron_glmv.parallel.rank_logs").summarize(arguments.folder))
     return OK
 
 

@@ -8,13 +8,15 @@ examples:
   glmv train examples/quickstart.yaml --ranks 4            four ranks on this machine
   torchrun --nproc-per-node 8 --nnodes 4 ... -m megatron_glmv train examples/pretrain.yaml
   glmv rl examples/rl.yaml --ranks 2                       answers, rewards, updates: two ranks on this machine
+  glmv train examples/sft.yaml --ranks 8 --restarts 3      the same, started again when a rank dies
   glmv status runs/sft                                     where a run stands, from its files
+  glmv stop runs/sft                                       save it and end it; the next start goes on
   glmv import GLM-4.1V-9B-Base checkpoints/base            a Hugging Face folder as a checkpoint, for any layout
   glmv export runs/sft runs/sft/hf                         a run's newest checkpoint as a Hugging Face folder
   glmv verify runs/sft/hf runs/sft                         are the two one model?
   glmv reward answers.jsonl --config rewards.yaml          what are these answers worth?
 
-Exit codes: 0 done, 1 the run failed, 2 the command line or the configuration cannot be used.
+Exit codes: 0 done, or stopped on request; 1 the run failed; 2 the command line or the configuration cannot be used.
 """
 
 CHECK = """\
@@ -33,6 +35,9 @@ change that fits. --hardware takes a YAML file of fields that differ, as matmul_
 TRAIN = """\
 Under torchrun every rank runs this command. Outside torchrun, --ranks N starts N ranks on this machine; without --ranks
 the run has one rank. A run folder that holds a complete checkpoint is resumed from it.
+
+`glmv stop RUN_FOLDER`, or SIGTERM or SIGUSR1 to any rank, ends the run after the step it is in, with a checkpoint and exit
+code 0; the same command goes on from there.
 """
 
 RL = """\
@@ -43,7 +48,30 @@ glmv train. docs/rl.md describes prompts, engines, rewards and every part.
 
 STATUS = """\
 Reads files only: whether the run goes on, is finished, has failed or was killed, and where; step, speed and time left; loss or
-reward; held-out results; the newest checkpoint; samples that did not decode. Works for a run on any machine of a shared disk.
+reward; held-out results; the newest checkpoint; restarts and faults; samples that did not decode. Works for a run on any
+machine of a shared disk. With --exit-code, for a script that decides whether to start it again: 0 finished; 3 it can go on (it
+runs, was stopped or killed, a node was lost, it hung, it never started); 1 a restart would fail the same way (configuration,
+data, checkpoint).
+"""
+
+STOP = """\
+Writes RUN_FOLDER/stop. The ranks see it within seconds, finish the step (in reinforcement learning the iteration) they are in,
+save a checkpoint and end with exit code 0. The same command that started the run goes on from there. SIGTERM or SIGUSR1 to any
+rank does the same.
+"""
+
+PREFLIGHT = """\
+On every node of a job, beside each other (srun, one process a node), with --among: matrix products, all-reduce within the
+node and with two neighbours, writing to FOLDER and reading again, free memory and disk, GPUs and their memory errors, clocks,
+and the versions of Python, torch, Megatron, driver and this code. Each node leaves FOLDER/NODE.node.json, also when a part
+hangs. Once, afterwards, with --judge and the stage's configuration: a table, with what is wrong with slow, broken and silent
+nodes; FOLDER/exclude.txt names them, FOLDER/use.txt the nodes of the largest number that the stage can be dealt to. Exit code
+1: too few are left. Without either, this machine alone is checked. examples/slurm runs all of it.
+"""
+
+ERRORS = """\
+Reads the logs that the ranks of a job left: the first error with the end of its log, then the others in a line each. Ranks that
+only say that a peer has gone come last. examples/slurm keeps the page as RUN_FOLDER/logs/errors.txt.
 """
 
 IMPORT = """\

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, then: style, import floors, types, and the default tests (neither slow nor gpu).
-# Arguments go to pytest: bash tests/run.sh -k grid;  bash tests/run.sh -m slow
+# Sets up .venv if needed, then: style, import floors, types, the default tests (neither slow nor gpu), and those of SLURM.
+# Arguments go to pytest: bash tests/run.sh -k grid;  bash tests/run.sh -m slow;  bash tests/run.sh -m slurm
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 cd "$GLMV_ROOT"
@@ -23,6 +23,8 @@ step "mypy" python -m mypy
 # Two files at a time: most of a test's time is the start of ranks, which one core does. A file stays in one process, whose
 # fixtures it shares.
 step "pytest" python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
+# The shipped batch files under a real SLURM: installed where that is possible, else skipped with the reason.
+[ $# -gt 0 ] || step "slurm" python -m pytest -q -rs --durations=10 -m 'slurm and not slow' tests/slurm
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: $(IFS=,; echo "${failed[*]}")"

@@ -50,6 +50,10 @@ class CheckpointConfig(Config):
     """Checkpoints at multiples of this step are never removed."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
+    max_failures: int = Field(default=3, ge=1)
+    """The run ends when so many saves in a row have failed; before that, it warns, goes on and tries again at the next."""
+    verify: bool = True
+    """Before a resume, read every file once and compare checksums, not sizes alone."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run folder, if there is one."""
     start_from: Path | None = None
@@ -74,6 +78,8 @@ class MetricsConfig(Config):
     every_steps: int = Field(default=1, ge=1)
     """Steps between lines of the log and points of TensorBoard."""
     tensorboard: bool = True
+    ranks_every_steps: int = Field(default=100, ge=0)
+    """Steps between comparisons of all ranks, which name the slowest; 0: none."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in the training precision; null: known for H100/H200/A100, else no MFU."""
     observe_every_steps: int = Field(default=50, ge=0)
@@ -102,6 +108,29 @@ class ProfileConfig(Config):
     """Also record every allocation; makes large files."""
     stacks: bool = False
     """Also record the Python lines that operations came from; makes large files."""
+
+
+GuardPolicy = Literal["skip", "rollback", "stop"]
+"""skip: go on with the next rows. rollback: return to the last checkpoint, and leave the rows out. stop: end the run."""
+
+
+class GuardConfig(Config):
+    """What is done about a step that goes wrong; its update is never applied."""
+
+    non_finite: GuardPolicy = "skip"
+    """When a gradient is not finite on any rank."""
+    spike: Literal["off", "skip", "rollback", "stop"] = "off"
+    """When loss or gradient norm are far above those of the steps before; off: not looked at."""
+    loss_deviations: float = Field(default=8.0, gt=0)
+    """A loss is a spike so many standard deviations (by the median deviation) above the window's median."""
+    norm_factor: float = Field(default=20.0, gt=1)
+    """A gradient norm is a spike at so many times the window's median."""
+    window: int = Field(default=100, ge=8)
+    """Applied steps that tell what is usual; before there are as many, nothing is a spike."""
+    rollback_batches: int = Field(default=1, ge=1)
+    """Global batches that a rollback leaves out: that of the step, and those before it."""
+    max_in_a_row: int = Field(default=10, ge=1)
+    """The run ends at more refused steps in a row, or more rollbacks to the same checkpoint."""
 
 
 class EvaluationConfig(Config):
@@ -195,6 +224,7 @@ class TrainConfig(StageConfig):
     global_batch_rows: int = Field(ge=1)
     """Packed rows of one step, over all data-parallel ranks. A micro-batch is always one row."""
     data: DataConfig
+    guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     length_key: ClassVar[str] = "data.sequence_length"

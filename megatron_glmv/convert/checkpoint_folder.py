@@ -18,12 +18,18 @@ from typing import Any
 
 from megatron_glmv.config.base import InputError, validate
 from megatron_glmv.config.model import ModelShape
+from megatron_glmv.convert.checkpoint_sums import FILES, OWN_SUM, manifest_sum, sum_file
 
 MANIFEST = "meta.json"
 CONFIG = "config.yaml"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
+"""Ending of a checkpoint that was set aside; a number follows where there are several."""
 FORMAT = 1
 """Number of the manifest's layout; another one is refused."""
+_ROOM = ".room"
+_ROOM_BYTES = 4 * 2**20
+"""Held free for the small files that are written last, whose failure one rank alone would meet."""
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _VERSIONED = ("megatron-glmv", "megatron-core", "torch", "transformers", "transformer-engine")
 
@@ -58,6 +64,20 @@ def latest(run_folder: Path) -> Path | None:
     return next(reversed(complete_folders(run_folder).values()), None)
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that it counts no longer; nothing is deleted. Returns its new name."""
+    number, aside = 1, folder.with_name(folder.name + DAMAGED)
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}{DAMAGED}.{number}")
+    return folder.rename(aside)
+
+
+def damaged_folders(run_folder: Path) -> list[Path]:
+    """Checkpoints of a run that were set aside."""
+    return sorted((run_folder / "checkpoints").glob(f"step_*{DAMAGED}*"))
+
+
 def find(path: Path) -> Path:
     """The checkpoint that a user's path means: a checkpoint's own folder, or the newest one of a run's folder.
 
@@ -87,7 +107,10 @@ def open_partial(folder: Path, needed_bytes: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
+        with (partial / _ROOM).open("wb") as room:
+            os.posix_fallocate(room.fileno(), 0, _ROOM_BYTES)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{partial}: cannot be created ({error.strerror}); older checkpoints are untouched") from error
     if free < needed_bytes:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,17 +121,41 @@ def open_partial(folder: Path, needed_bytes: int) -> Path:
     return partial
 
 
-def publish(partial: Path, folder: Path, manifest: Mapping[str, Any], config_yaml: str) -> None:
+def give_up_room(partial: Path) -> None:
+    """Free what was held for the files that are written last."""
+    (partial / _ROOM).unlink(missing_ok=True)
+
+
+def publish(
+    partial: Path,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    config_yaml: str,
+    sums: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
     """Make a fully written folder a complete checkpoint: configuration, manifest last, everything on the disk, rename.
+
+    Args:
+        partial: where it was written.
+        folder: its name.
+        manifest: what it says of itself; sizes and checksums of all files are added.
+        config_yaml: the resolved configuration.
+        sums: those that are known already; the others are read here.
 
     Raises:
         CheckpointError: the disk refuses.
     """
+    known = sums or {}
     try:
+        give_up_room(partial)
         (partial / CONFIG).write_text(config_yaml, encoding="utf-8")
-        for file in sorted(partial.iterdir()):
+        found = sorted(partial.iterdir())
+        for file in found:
             sync(file)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        files = {file.name: known.get(file.name) or sum_file(file) for file in found if file.is_file()}
+        whole = json.loads(json.dumps({**manifest, FILES: files}))
+        whole[OWN_SUM] = manifest_sum(whole)
+        (partial / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         sync(partial / MANIFEST)
         sync(partial)
         partial.rename(folder)
@@ -132,6 +179,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON ({error}); remove {folder} to resume from the one before it") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint manifest of format {FORMAT}; it was written by another version")
+    if manifest.get(OWN_SUM, manifest_sum(manifest)) != manifest_sum(manifest):
+        raise CheckpointError(f"{path}: not what was written, its checksum differs")
     return manifest
 
 

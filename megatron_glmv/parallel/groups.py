@@ -6,6 +6,7 @@ import datetime as dt
 import math
 import os
 import random
+import sys
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def initialize(config: ParallelConfig, seed: int, timeout_s: float | None = None
     if not dist.is_initialized():
         # A process that nobody launched is the only rank, and leaves no trace of it in the environment of its children.
         alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(platform.backend(), timeout=timeout, **alone)
+        dist.init_process_group(platform.backend(), timeout=timeout, **(alone or _fresh_store(timeout)))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -44,6 +45,26 @@ def initialize(config: ParallelConfig, seed: int, timeout_s: float | None = None
         distributed_timeout_minutes=max(1, math.ceil(timeout.total_seconds() / 60)),
     )
     seed_generators(seed)
+
+
+def _fresh_store(timeout: dt.timedelta) -> dict[str, Any]:
+    """Arguments of the process group that keep a restarted group from the addresses that its dead ranks left.
+
+    torch 2.13 lets all starts of an agent share one store (distributed/elastic/rendezvous/dynamic_rendezvous.py). With several
+    nodes no number tells the starts apart on all of them, so there the launcher must give each a store of its own.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or restarts == "0":
+        return {}
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        if os.environ["RANK"] == "0":
+            text = "glmv: warning: ranks started again may not find each other; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            print(f"{text} in the environment of torchrun", file=sys.stderr, flush=True)
+        return {}
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks, is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"start_{restarts}", store), "rank": rank, "world_size": ranks}
 
 
 def seed_generators(seed: int) -> None:
@@ -84,6 +105,17 @@ def decodes_media() -> bool:
         and parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_context_parallel_rank() == 0
     )
+
+
+def coordinates() -> str:
+    """This rank's place in the layout, as people write it."""
+    places = {
+        "tensor": parallel_state.get_tensor_model_parallel_rank(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
+        "context": parallel_state.get_context_parallel_rank(),
+        "data": data_rank(),
+    }
+    return ", ".join(f"{name} {place}" for name, place in places.items())
 
 
 def place_among_vision_ranks() -> tuple[int, int]:

@@ -14,19 +14,23 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
-def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path) -> int:
+def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path, max_restarts: int = 0) -> int:
     """Run ``python -m megatron_glmv ARGUMENTS`` in `num_ranks` processes; when one fails, the others are ended.
 
     Args:
         num_ranks: processes.
         arguments: after the program's name.
         run_folder: of the run; a rank that is killed is looked up in its ranks/ for where it was.
+        max_restarts: times that all ranks are started again, to go on from the newest checkpoint, before that is a failure.
 
     Returns:
         0 when all ranks succeeded, else the exit code of the first that failed.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    # A store of its own for every start: torch 2.13 gives a restarted group the agent's store with the addresses of the dead
+    # ranks in it (distributed/elastic/rendezvous/dynamic_rendezvous.py), and connecting to them fails.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -34,7 +38,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path) -> i
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_glmv", *arguments)

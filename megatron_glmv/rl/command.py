@@ -32,13 +32,12 @@ from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
-from megatron_glmv.training.job import run_job
+from megatron_glmv.training.job import Job, run_job
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE, Recorder
-from megatron_glmv.training.start import describe_start, first_state, load_start
+from megatron_glmv.training.start import begin_run, first_state, load_start
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.watchdog import Watchdog
 
 PICTURE = "curves.png"
 
@@ -47,24 +46,27 @@ def run(config: RlConfig) -> int:
     """Run one stage; under torchrun every rank calls this.
 
     Returns:
-        0 when the last iteration is done and saved, 1 when this rank or a peer failed.
+        0 when the last iteration is done and saved, or the run was asked to stop and has saved; 1 when this rank or a peer
+        failed.
 
     Raises:
         InputError: something that the user can repair: configuration, prompts, checkpoint, engine or judge.
     """
 
-    def work(watchdog: Watchdog) -> None:
-        with open_run(config, watchdog) as opened:
-            train(opened)
+    def work(job: Job) -> bool:
+        with open_run(config, job) as opened:
+            finished = train(opened)
         if dist.get_rank() == 0 and (config.run_folder / METRICS_FILE).is_file():
             draw_curves(config.run_folder / METRICS_FILE, config.run_folder / PICTURE)
+        return finished
 
     return run_job(config, work)
 
 
 @contextlib.contextmanager
-def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
+def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
     """Build or resume the run on this rank, and close its threads, processes and files at the end."""
+    watchdog = job.watchdog
     watchdog.beat(0, "reading the prompts")
     share = config.prompts.max_bad_share
     sources = (config.prompts.sources, config.prompts.eval_sources)
@@ -75,8 +77,8 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
     chat = _open_chat(config)
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
-    assembly = assemble(config, models)
-    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    assembly = assemble(config, models, watchdog.begin_row)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     reference = None
     if config.algorithm.kl_coefficient:
@@ -111,7 +113,9 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
             # Without a checkpoint the run begins anew, with its first evaluation, which is recorded at step 0.
             recorder = Recorder(config.run_folder, config.metrics, state.step or -1)
             stack.callback(recorder.close)
-            recorder.note(describe_start(config, models, state))
+            job.events.say = recorder.note
+        begin_run(job, config, models, state)
+        if recorder is not None:
             recorder.note(files.describe())
         yield RlRun(
             config,
@@ -127,7 +131,7 @@ def open_run(config: RlConfig, watchdog: Watchdog) -> Iterator[RlRun]:
             held_out_keys(held_out.tasks, config.evaluation.prompts) if held_out is not None else (),
             reference,
             recorder,
-            watchdog,
+            job,
             Observer(assembly),
             Profiler(config.profile, config.run_folder, dist.get_rank(), recorder.note if recorder else None),
         )

@@ -44,6 +44,7 @@ class PolicyReport:
         grad_norm: of the last update, before clipping.
         updates: that were applied.
         refused: that were not, because a gradient was not finite.
+        fault: whose gradients they were, the last time.
         learning_rates: by part.
         skipped: answers that were not trained on.
         repack: of the first update.
@@ -58,6 +59,7 @@ class PolicyReport:
     skipped: Skipped
     repack: RepackReport | None
     tokens: int
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def update_on(
         skipped=_total([part.skipped for part in parts]),
         repack=parts[0].repack if parts else None,
         tokens=sum(part.tokens for part in parts),
+        fault=next((result.fault for result in reversed(results) if result.fault), ""),
     )
 
 

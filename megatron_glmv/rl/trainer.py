@@ -31,11 +31,11 @@ from megatron_glmv.rl.types import Task
 from megatron_glmv.rl.weights import send_weights
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.job import Job, end_run
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import Recorder
+from megatron_glmv.training.recorder import Recorder, record_save
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.watchdog import Watchdog
 
 STATE_FILE = "rl.json"
 """Of a checkpoint: curriculum and expansion."""
@@ -61,7 +61,7 @@ class RlRun:
     reference: Reference | None
     recorder: Recorder | None
     """On the one rank that reports."""
-    watchdog: Watchdog
+    job: Job
     observer: Observer
     profiler: Profiler
 
@@ -84,15 +84,28 @@ class Clock:
         return time.perf_counter() - self._begun
 
 
-def train(run: RlRun) -> None:
-    """Train from the state's iteration to the last one, and leave a checkpoint of it."""
+def train(run: RlRun) -> bool:
+    """Train from the state's iteration to the last one, or until asked to stop, and leave a checkpoint.
+
+    Returns:
+        Whether the last iteration is done.
+    """
+    with run.job.stop.listening():
+        stopped = _train(run)
+    run.checkpointer.close()
+    _report_save(run)
+    end_run(run.job, run.state, stopped=stopped)
+    return not stopped
+
+
+def _train(run: RlRun) -> bool:
     config, state = run.config, run.state
-    run.watchdog.beat(state.step, "weights")
+    run.job.watchdog.beat(state.step, "weights")
     send_weights(run.assembly.chunks, config.model.shape, run.engine, state.step)
     if state.step == 0 and run.eval_roller is not None:
         evaluate(run)
-    began, first = time.perf_counter(), state.step
-    while state.step < config.steps:
+    began, first, stopping = time.perf_counter(), state.step, False
+    while state.step < config.steps and not stopping:
         run.profiler.before_step(state.step + 1)
         with run.observer.watch(state.step + 1):
             record = iterate(run)
@@ -104,17 +117,24 @@ def train(run: RlRun) -> None:
             left_s = (time.perf_counter() - began) / (state.step - first) * (config.steps - state.step)
             run.recorder.write(record, "rl")
             run.recorder.show(describe(record, config.steps, left_s), important=state.step == config.steps)
-        run.watchdog.beat(state.step, "checkpoint")
-        if run.checkpointer.poll() and run.recorder is not None:
-            run.recorder.note(f"checkpoint complete, {state.step} iterations done")
+        run.job.watchdog.beat(state.step, "checkpoint")
+        run.checkpointer.poll()
         last = state.step == config.steps
+        stopping = run.job.stop.is_agreed() and not last
         # Before the save, so that a run killed between the two evaluates again.
         if run.eval_roller is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
-        if state.step % config.checkpoint.every_steps == 0 or last:
-            run.watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state, {STATE_FILE: state_dict(run)})
-    run.checkpointer.close()
+        if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
+            run.job.watchdog.beat(state.step, "checkpoint")
+            run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
+        _report_save(run)
+    return stopping
+
+
+def _report_save(run: RlRun) -> None:
+    save = run.checkpointer.take_report()
+    if save is not None and run.recorder is not None:
+        record_save(run.recorder, save, "rl")
 
 
 def iterate(run: RlRun) -> dict[str, Any]:
@@ -126,16 +146,19 @@ def iterate(run: RlRun) -> dict[str, Any]:
     selection = run.expansion.select(wave.groups, batch)
     run.curriculum.observe(state.step, wave.groups)
     clock.lap("rollout")
-    run.watchdog.beat(state.step, "update")
+    run.job.watchdog.beat(state.step, "update")
     chosen = [wave.groups[place] for place in selection.chosen]
     policy = update_on(run.assembly, config, chosen, state.step, run.roller.read_pixels, run.reference)
     clock.lap("update")
-    run.watchdog.beat(state.step, "weights")
+    run.job.watchdog.beat(state.step, "weights")
     send_weights(run.assembly.chunks, config.model.shape, run.engine, state.step + 1)
     clock.lap("weights")
     state.step += 1
     state.consumed_tokens += policy.tokens
     state.skipped_steps += policy.refused
+    if policy.fault:
+        text = f"iteration {state.step}: gradients are not finite: {policy.fault}; the update was refused, and the run goes on"
+        run.job.events.record("skip", state.step, text)
     state.bad_samples += len(wave.bad_prompts)
     seconds = clock.seconds | {"rollout": wave.rollout_s, "reward": wave.reward_s, "total": clock.total()}
     record = record_of(
@@ -168,7 +191,7 @@ def roll_out(run: RlRun) -> tuple[Wave, dict[str, str]]:
     tiers: dict[str, str] = {}
     num_prompts = 0
     while not waves or run.expansion.wants_more([group for wave in waves for group in wave.groups], num_prompts, batch):
-        run.watchdog.beat(step, "rollout")
+        run.job.watchdog.beat(step, "rollout")
         count = run.expansion.num_prompts(batch)
         keys = run.curriculum.draw(step, count)
         tiers |= {key: run.curriculum.tier_of(key) for key in keys}
@@ -181,7 +204,7 @@ def evaluate(run: RlRun) -> dict[str, Any]:
     """Answers to the held-out prompts, sampled as in training; the same prompts and seeds each time."""
     assert run.eval_roller is not None
     config, step = run.config, run.state.step
-    run.watchdog.beat(step, "evaluation")
+    run.job.watchdog.beat(step, "evaluation")
     wave = run.eval_roller.roll_out(run.eval_keys, config.evaluation.answers, [config.seed, _EVALUATION])
     record = {"step": step, **describe_groups(wave.groups), **by_name(wave.tally.metrics())}
     if run.recorder is not None:

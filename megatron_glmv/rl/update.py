@@ -34,11 +34,13 @@ class UpdateResult:
         stats: over the global batch.
         grad_norm: before clipping.
         applied: False: a gradient was not finite, and the update changed nothing.
+        fault: then, whose gradients they were.
     """
 
     stats: PolicyStats
     grad_norm: float
     applied: bool
+    fault: str = ""
 
 
 @torch.no_grad()
@@ -85,12 +87,14 @@ def update_policy(
         chunk.train()
         chunk.zero_grad_buffer()
     assembly.optimizer.zero_grad()
+    assembly.own_gradients.clear()
     reports = run_schedule(
         assembly, rows, forward_only=False, forward_step=partial(_policy_step, assembly, algorithm, temperature, is_old)
     )
     set_learning_rates(assembly.optimizer, step, assembly.config)
     outcome = step_optimizer(assembly.optimizer)
-    return UpdateResult(_reduce(reports), outcome.grad_norm, outcome.applied)
+    fault = "" if outcome.applied else assembly.own_gradients.blame()
+    return UpdateResult(_reduce(reports), outcome.grad_norm, outcome.applied, fault)
 
 
 def _report_logprobs(assembly: Assembly, temperature: float, iterator: Iterator[PolicyRow], chunk: Any) -> tuple[Tensor, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.core import parallel_state
@@ -17,6 +17,7 @@ from megatron_glmv.model.glm4v import Glm4vModel, build_model
 from megatron_glmv.model.initialize import initialize_weights
 from megatron_glmv.model.lora import attach_adapters
 from megatron_glmv.training.optimizer import build_optimizer
+from megatron_glmv.training.own_gradients import OwnGradients
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Assembly:
     chunks: list[DistributedDataParallel]
     """The model: one wrapped chunk, or one for each virtual pipeline stage."""
     optimizer: MegatronOptimizer
+    own_gradients: OwnGradients
+    """Marks what is not finite before it is reduced."""
+    begin_row: Callable[[int, int, str], None]
+    """Told of each micro-batch that begins: its number, their number, the row's id."""
 
     @property
     def models(self) -> list[Glm4vModel]:
@@ -55,17 +60,22 @@ def assemble_model(config: StageConfig) -> list[Glm4vModel]:
     return models
 
 
-def assemble(config: StageConfig, models: Sequence[Glm4vModel]) -> Assembly:
+def assemble(
+    config: StageConfig,
+    models: Sequence[Glm4vModel],
+    begin_row: Callable[[int, int, str], None] = lambda number, total, key: None,
+) -> Assembly:
     """Wrap the chunks, build the optimizer and connect both to Megatron's schedules.
 
     Args:
         config: the whole configuration.
         models: this rank's chunks, with the weights that training starts from.
+        begin_row: told of each micro-batch that begins.
     """
     chunks = _wrap(config, models)
     optimizer = build_optimizer(chunks, config)
     _connect(models[0].config, chunks, optimizer, config)
-    return Assembly(config, config.model.shape, chunks, optimizer)
+    return Assembly(config, config.model.shape, chunks, optimizer, OwnGradients(chunks), begin_row)
 
 
 def _wrap(config: StageConfig, models: Sequence[Glm4vModel]) -> list[DistributedDataParallel]:
@@ -76,7 +86,7 @@ def _wrap(config: StageConfig, models: Sequence[Glm4vModel]) -> list[Distributed
         overlap_grad_reduce=overlap,
         overlap_param_gather=overlap and layout.distributed_optimizer,
         use_distributed_optimizer=layout.distributed_optimizer,
-        check_for_nan_in_grad=False,
+        check_for_nan_in_grad=True,  # what is done then is `OwnGradients`
     )
     return [
         DistributedDataParallel(model.config, ddp, model, disable_bucketing=number > 0) for number, model in enumerate(models)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -38,10 +37,22 @@ from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.convert import checkpoint_folder as folders
 from megatron_glmv.convert.checkpoint_folder import CheckpointError
+from megatron_glmv.convert.checkpoint_sums import Sums
 from megatron_glmv.convert.checkpoint_tensors import read_index
 from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.training import checkpoint_files as files
+from megatron_glmv.training.checkpoint_choice import damage_of, newest_whole
+from megatron_glmv.training.checkpoint_files import SaveReport
+from megatron_glmv.training.checkpoint_ranks import (
+    check_same_everywhere,
+    gather_sums,
+    on_all_ranks,
+    on_first_rank,
+    over_ranks,
+    sum_over_ranks,
+)
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
+from megatron_glmv.training.events import EventLog
 from megatron_glmv.training.optimizer import gather_weights
 from megatron_glmv.training.random_state import read_generators, restore_generators
 from megatron_glmv.training.state import TrainState
@@ -58,6 +69,8 @@ class _Pending:
     folder: Path
     state: TrainState
     extra: dict[str, str]
+    began: float
+    stalled_before_s: float
 
 
 class Checkpointer:
@@ -67,20 +80,30 @@ class Checkpointer:
         config: the whole configuration; saved beside every checkpoint.
         model_chunks: Megatron's DistributedDataParallel wrappers, one per virtual pipeline chunk.
         optimizer: of these chunks.
+        events: where failed saves and damaged checkpoints are recorded; None: said on the first rank.
 
     Raises:
         CheckpointError: the run folder holds checkpoints and ``checkpoint.resume`` is off.
     """
 
     def __init__(
-        self, config: StageConfig, model_chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer
+        self,
+        config: StageConfig,
+        model_chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        events: EventLog | None = None,
     ) -> None:
         self._config = config
         self._chunks = model_chunks
         # The wrappers' state has other prefixes than the model's own, which another layout or precision must find again.
         self._models = [unwrap_model(chunk) for chunk in model_chunks]
         self._optimizer = optimizer
+        self._events = events or EventLog(config.run_folder, reports=dist.get_rank() == 0)
         self._pending: _Pending | None = None
+        self._failures = 0
+        self._began = 0.0, 0.0
+        self._stall_s = 0.0  # that training has stood still for saves so far
+        self._done: _Pending | None = None
         self._run = files.describe_run(config, _layout(config))
         self._save_strategy = get_default_save_sharded_strategy()
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -92,19 +115,42 @@ class Checkpointer:
             raise CheckpointError(
                 f"{newest}: run_folder holds checkpoints of an earlier run; set checkpoint.resume or use another run_folder"
             )
-        _on_first_rank(lambda: files.clean_leftovers(config.run_folder))
+        on_first_rank(lambda: files.clean_leftovers(config.run_folder))
 
-    def save(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
+    def save(self, state: TrainState, extra: Mapping[str, Any] | None = None, *, must: bool = False) -> None:
         """Save after `state.step` steps; with ``checkpoint.asynchronous`` only the copying is done when this returns.
+
+        A save that fails leaves the older checkpoints as they are, and the run goes on: it is recorded.
 
         Args:
             state: counters.
             extra: file name -> tree of JSON to keep in the checkpoint; rank 0's is written.
+            must: the run ends after it, so a failure is an error.
 
         Raises:
-            CheckpointError: the disk is full or refuses; older checkpoints are untouched.
+            CheckpointError: the disk is full or refuses, the ``checkpoint.max_failures``-th time in a row, or `must`.
         """
-        self._finish()
+        self._attempt(self._finish, state.step, must=False)
+        self._began = time.perf_counter(), self._stall_s
+        self._attempt(lambda: self._save(state, extra or {}), state.step, must=must)
+
+    def _attempt(self, action: Callable[[], None], step: int, *, must: bool) -> None:
+        """Do a part of a save; count and record a failure, which all ranks see alike."""
+        started = time.perf_counter()
+        try:
+            action()
+        except CheckpointError as error:
+            self._failures += 1
+            on_first_rank(lambda: files.clean_leftovers(self._config.run_folder))
+            limit = self._config.checkpoint.max_failures
+            if must or self._failures >= limit:
+                raise
+            text = f"{error}; training goes on and tries again at the next save (failure {self._failures} of {limit} in a row)"
+            self._events.record("unsaved", step, text)
+        finally:
+            self._stall_s += time.perf_counter() - started
+
+    def _save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
         folder = folders.folder_of(self._config.run_folder, state.step)
         if folders.latest(self._config.run_folder) == folder:
             return  # the one this run resumed from, or saved just now
@@ -113,9 +159,9 @@ class Checkpointer:
         self._align_optimizer_steps()
         tree = self._state_dict(is_loading=False)
         tree["random"] = self._random_shard(read_generators())
-        size = _sum_over_ranks(sum(s.data.nbytes for s in nested_values(tree) if _is_written_here(s)))
+        size = sum_over_ranks(sum(s.data.nbytes for s in nested_values(tree) if _is_written_here(s)))
         partial = folder.with_name(folder.name + folders.PARTIAL)
-        _on_first_rank(lambda: folders.open_partial(folder, size))
+        on_first_rank(lambda: folders.open_partial(folder, size))
         try:
             request = dist_checkpointing.save(
                 tree,
@@ -127,45 +173,47 @@ class Checkpointer:
         except _FAILURES as error:
             raise _unwritable(folder, error) from error
         self._validated = True
-        written = {name: json.dumps(tree) for name, tree in (extra or {}).items()}
+        written = {name: json.dumps(tree) for name, tree in extra.items()}
         write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
-        self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written)
+        self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written, *self._began)
         if not self._config.checkpoint.asynchronous:
             self._finish()
 
-    def poll(self) -> bool:
+    def poll(self) -> None:
         """Complete a background save if all ranks have written; cheap, meant for every step.
-
-        Returns:
-            Whether a checkpoint became complete in this call.
 
         Raises:
             CheckpointError: as for `save`.
         """
-        if self._pending is None or not _on_all_ranks(self._pending.write.is_written()):
-            return False
-        self._finish()
-        return True
+        if self._pending is not None and on_all_ranks(self._pending.write.is_written()):
+            self._attempt(self._finish, self._pending.state.step, must=False)
+
+    def take_report(self) -> SaveReport | None:
+        """What the checkpoint cost that has become complete since the last call; None: none has."""
+        done, self._done = self._done, None
+        if done is None:
+            return None
+        return SaveReport(done.state.step, self._stall_s - done.stalled_before_s, time.perf_counter() - done.began)
 
     def close(self) -> None:
         """Wait for a background save and complete it.
 
         Raises:
-            CheckpointError: as for `save`.
+            CheckpointError: it failed, which only matters to a run that ends with it.
         """
-        self._finish()
+        if self._pending is not None:
+            self._attempt(self._finish, self._pending.state.step, must=True)
 
     def load_latest(self) -> TrainState | None:
-        """Continue from the newest complete checkpoint of the run folder: weights, optimizer, random states, counters.
+        """Continue from the newest whole checkpoint of the run folder: weights, optimizer, random states, counters.
 
         Returns:
             The counters, or None when there is no checkpoint.
 
         Raises:
-            CheckpointError: unreadable, or of another architecture, precision or kind of optimizer.
+            CheckpointError: all are damaged, or it is of another architecture, precision or kind of optimizer.
         """
-        folder = folders.latest(self._config.run_folder)
-        _check_same_everywhere(folder)
+        folder = newest_whole(self._config.run_folder, self._events, verify=self._config.checkpoint.verify)
         if folder is None:
             return None
         manifest = folders.read_manifest(folder)
@@ -190,6 +238,20 @@ class Checkpointer:
             restore_generators(loaded["random"])
         return TrainState(**manifest["state"])
 
+    def return_to_latest(self) -> TrainState | None:
+        """Go back to the newest whole checkpoint within a run; one that is being written is completed first.
+
+        Returns:
+            As `load_latest`.
+
+        Raises:
+            CheckpointError: as for `load_latest`.
+        """
+        if self._pending is not None:
+            self._attempt(self._finish, self._pending.state.step, must=False)
+        gather_weights(self._chunks)
+        return self.load_latest()
+
     def load_weights_only(self, path: Path) -> None:
         """Start from the weights of another run (``checkpoint.start_from``), in any layout and precision.
 
@@ -199,10 +261,12 @@ class Checkpointer:
             path: a run's folder or one complete checkpoint.
 
         Raises:
-            CheckpointError: no checkpoint there, unreadable, or of another architecture, or with other adapters.
+            CheckpointError: no checkpoint there, damaged, or of another architecture, or with other adapters.
         """
         folder = folders.find(path)
-        _check_same_everywhere(folder)
+        check_same_everywhere(folder)
+        if fault := damage_of(folder, verify=self._config.checkpoint.verify):
+            raise CheckpointError(f"{folder}: damaged ({fault}); take another checkpoint, or write this one again")
         manifest = folders.read_manifest(folder)
         folders.check_architecture(folder, manifest, self._config.model.shape)
         tree, adapters = self._model_state_dict(), files.starts_adapters(folder, manifest, self._config)
@@ -217,17 +281,21 @@ class Checkpointer:
             return
         pending, self._pending = self._pending, None
         try:
+            if dist.get_rank() == 0:
+                folders.give_up_room(pending.partial)
             pending.write.finish()
         except _FAILURES as error:
             raise _unwritable(pending.folder, error) from error
-        _on_first_rank(lambda: self._publish(pending))
+        sums = gather_sums(pending.write.sums)
+        on_first_rank(lambda: self._publish(pending, sums))
+        self._failures, self._done = 0, pending
 
-    def _publish(self, pending: _Pending) -> None:
+    def _publish(self, pending: _Pending, sums: Sums) -> None:
         state = pending.state
         for name, text in pending.extra.items():
             (pending.partial / name).write_text(text, encoding="utf-8")
         manifest = {"step": state.step, "state": dataclasses.asdict(state), "saved_at": time.time(), **self._run}
-        folders.publish(pending.partial, pending.folder, manifest, to_yaml(self._config))
+        folders.publish(pending.partial, pending.folder, manifest, to_yaml(self._config), sums)
         files.retire(self._config.run_folder, self._config.checkpoint)
 
     def _model_state_dict(self) -> dict[str, Any]:
@@ -261,7 +329,7 @@ class Checkpointer:
     def _align_optimizer_steps(self) -> None:
         """Give every group the optimizer's step count: fused optimizers do not count in groups that are empty on a rank."""
         groups = self._optimizer.param_groups
-        step = _over_ranks(max([int(group.get("step", 0)) for group in groups], default=0), dist.ReduceOp.MAX)
+        step = over_ranks(max([int(group.get("step", 0)) for group in groups], default=0), dist.ReduceOp.MAX)
         for group in groups:
             if step:
                 group["step"] = step
@@ -310,40 +378,6 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _is_written_here(shard: object) -> bool:
     """Whether this rank is the one that writes a tensor."""
     return isinstance(shard, ShardedTensor) and shard.data is not None and shard.replica_id in (0, (0, 0, 0))
-
-
-def _over_ranks(value: int, operation: Any) -> int:
-    tensor = torch.tensor([value], dtype=torch.int64, device=torch.cuda.current_device())
-    dist.all_reduce(tensor, op=operation)
-    return int(tensor.item())
-
-
-def _sum_over_ranks(value: int) -> int:
-    return _over_ranks(value, dist.ReduceOp.SUM)
-
-
-def _on_all_ranks(flag: bool) -> bool:
-    return bool(_over_ranks(int(flag), dist.ReduceOp.MIN))
-
-
-def _on_first_rank(action: Callable[[], object]) -> None:
-    """Do something on rank 0 while the others wait; a CheckpointError there is raised everywhere."""
-    failure: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except CheckpointError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
-
-
-def _check_same_everywhere(folder: Path | None) -> None:
-    """Refuse ranks that see different checkpoints, as a slow network disk may show them."""
-    step = -1 if folder is None else int(folders.read_manifest(folder)["step"])
-    if _over_ranks(step, dist.ReduceOp.MAX) != _over_ranks(step, dist.ReduceOp.MIN):
-        raise CheckpointError(f"{folder}: ranks see different newest checkpoints; is run_folder on a disk that all share?")
 
 
 def _unwritable(folder: Path, error: BaseException) -> CheckpointError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ from megatron_glmv.config.training import CheckpointConfig, StageConfig
 from megatron_glmv.convert.checkpoint_folder import FORMAT, PARTIAL, CheckpointError, complete_folders, origin
 
 REMOVING = ".removing"
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What one checkpoint cost."""
+
+    step: int
+    stall_s: float
+    """Training stood still for it."""
+    seconds: float
+    """From the beginning of the save until it was complete."""
 
 
 def clean_leftovers(run_folder: Path) -> list[Path]:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import queue
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from megatron_glmv.convert.checkpoint_sums import Sums, sum_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
 """File path, name inside the checkpoint, (byte items, tensor items) to write there; Megatron's WriteBucket."""
@@ -36,18 +39,20 @@ class CheckpointWrite:
     def __init__(self, request: AsyncRequest, background: bool) -> None:
         self._finalizers = request.finalize_fns
         self._thread: threading.Thread | None = None
+        self.sums: Sums = {}
+        """Of the files that this rank has written."""
         if request.async_fn is None:
             return
         transforms = request.async_fn.args[0]
         buckets: list[Bucket] = request.preload_fn()
         results = request.async_fn_args[2]
         if not background:
-            _write(transforms, buckets, results)
+            self._write(transforms, buckets, results)
             return
         # On CUDA the staged tensors are copies already; on the CPU they are the parameters that the next step changes.
         if not torch.cuda.is_available():
             buckets = [(path, name, (data, [(item, t.clone()) for item, t in ts])) for path, name, (data, ts) in buckets]
-        self._thread = threading.Thread(target=_write, args=(transforms, buckets, results), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(transforms, buckets, results), name="checkpoint", daemon=True)
         self._thread.start()
 
     def is_written(self) -> bool:
@@ -65,9 +70,18 @@ class CheckpointWrite:
         for finalize in self._finalizers:
             finalize()
 
+    def _write(self, transforms: list[Any], buckets: list[Bucket], results: queue.Queue[Any]) -> None:
+        """Write every bucket, read it back for its checksum, and report the results or the first failure."""
+        outcome = _write_all(transforms, buckets)
+        try:
+            self.sums = {Path(path).name: sum_file(Path(path)) for path in sorted({str(bucket[0]) for bucket in buckets})}
+        except OSError as error:
+            outcome = outcome if isinstance(outcome, Exception) else error
+        results.put(outcome)
 
-def _write(transforms: list[Any], buckets: list[Bucket], results: queue.Queue[Any]) -> None:
-    """Write every bucket and report either all results or the first failure."""
+
+def _write_all(transforms: list[Any], buckets: list[Bucket]) -> Any:
+    """Write every bucket; returns all results or the first failure."""
     written: dict[int, Any] = {}
     for index, bucket in enumerate(buckets):
         answer: queue.Queue[Any] = queue.Queue()
@@ -79,7 +93,6 @@ def _write(transforms: list[Any], buckets: list[Bucket], results: queue.Queue[An
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
             outcome = error
         if isinstance(outcome, Exception):
-            results.put(outcome)
-            return
+            return outcome
         written[index] = outcome
-    results.put(written)
+    return written

@@ -13,45 +13,48 @@ from megatron_glmv.parallel import platform
 from megatron_glmv.plan.devices import device_peak
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
-from megatron_glmv.training.job import run_job
+from megatron_glmv.training.guard import Guard
+from megatron_glmv.training.job import Job, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE
-from megatron_glmv.training.start import describe_start, first_state
-from megatron_glmv.training.watchdog import Watchdog
+from megatron_glmv.training.start import begin_run, first_state
+from megatron_glmv.training.stragglers import Stragglers
 
 
 def run(config: TrainConfig) -> int:
     """Run one stage; under torchrun every rank calls this.
 
     Returns:
-        0 when the last step is done and saved, 1 when this rank or a peer failed.
+        0 when the last step is done and saved, or the run was asked to stop and has saved; 1 when this rank or a peer failed.
 
     Raises:
         InputError: something that the user can repair: configuration, data or checkpoint.
     """
 
-    def work(watchdog: Watchdog) -> None:
-        with open_run(config, watchdog) as opened:
-            train(opened)
+    def work(job: Job) -> bool:
+        with open_run(config, job) as opened:
+            finished = train(opened)
         _draw(config)
+        return finished
 
     return run_job(config, work)
 
 
 @contextlib.contextmanager
-def open_run(config: TrainConfig, watchdog: Watchdog) -> Iterator[Run]:
+def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     """Build or resume the run on this rank, and close its threads and files at the end."""
+    watchdog = job.watchdog
     watchdog.beat(0, "building the model")
     models = assemble_model(config)
-    assembly = assemble(config, models)
-    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
+    assembly = assemble(config, models, watchdog.begin_row)
+    checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)
     with contextlib.ExitStack() as stack:
-        stream = open_stream(config, held_out=False, first_step=state.step)
+        stream = open_stream(config, held_out=False, first_step=state.next_batch())
         stack.callback(stream.close)
         eval_stream = open_stream(config, held_out=True) if config.data.eval_sources else None
         if eval_stream is not None:
@@ -68,10 +71,24 @@ def open_run(config: TrainConfig, watchdog: Watchdog) -> Iterator[Run]:
                 first_step=state.step,
             )
             stack.callback(metrics.close)
-            metrics.note(describe_start(config, models, state))
-        observer = Observer(assembly)
+            job.events.say = metrics.note
+        begin_run(job, config, models, state)
+        observer, stragglers = Observer(assembly), Stragglers(assembly)
         profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
-        yield Run(config, assembly, checkpointer, state, stream, eval_stream, metrics, watchdog, observer, profiler)
+        yield Run(
+            config,
+            assembly,
+            checkpointer,
+            state,
+            stream,
+            eval_stream,
+            metrics,
+            job,
+            Guard(config.guard, state),
+            observer,
+            stragglers,
+            profiler,
+        )
 
 
 def _peak_tflops(config: TrainConfig) -> float | None:

@@ -5,43 +5,95 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megatron_glmv.config.base import InputError
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.parallel import groups
+from megatron_glmv.training.events import EventLog
+from megatron_glmv.training.heartbeat import FINISHED, STOPPED, describe_end, forget_ranks, read_heartbeats
+from megatron_glmv.training.refusal import note_refusal, repeat_refusal
+from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.stop import StopRequest, is_first_rank, num_restarts
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
 
 
-def run_job(config: StageConfig, work: Callable[[Watchdog], None]) -> int:
+@dataclass(frozen=True)
+class Job:
+    """What surrounds the work of a rank."""
+
+    watchdog: Watchdog
+    stop: StopRequest
+    events: EventLog
+
+
+def run_job(config: StageConfig, work: Callable[[Job], bool]) -> int:
     """Join the job, work, and leave it; under torchrun every rank calls this.
 
     Args:
         config: of the stage.
-        work: everything between.
+        work: everything between; returns whether the last step is done, and not that the run was asked to stop.
 
     Returns:
-        0 when the work is done, 1 when this rank or a peer failed.
+        0 when the work is done, or stopped on request and saved; 1 when this rank or a peer failed.
 
     Raises:
-        InputError: something that the user can repair: configuration, data or checkpoint.
+        InputError: something that the user can repair: configuration, data or checkpoint. It is noted, so that the restarts of
+            this launch end with the same line.
     """
-    config.check()
-    config.data_parallel(groups.num_ranks())
-    groups.initialize(config.parallel, config.seed, collective_timeout_s(config.parallel.timeout_s))
-    watchdog = Watchdog(config.run_folder, dist.get_rank(), dist.get_world_size(), config.parallel.timeout_s)
-    watchdog.start()
+    repeat_refusal(config.run_folder)
+    watchdog: Watchdog | None = None
     try:
-        work(watchdog)
+        job = _join(config)
+        watchdog = job.watchdog
+        watchdog.start()
+        finished = work(job)
     except InputError as error:
-        watchdog.describe_failure(error)  # leaves the reason for the peers
+        note_refusal(config.run_folder, error)
+        if watchdog is not None:
+            watchdog.describe_failure(error)  # leaves the reason for the peers
         raise
-    except Exception as error:  # noqa: BLE001  (whatever it is, the peers and the user must hear of it)
+    except Exception as error:
+        if watchdog is None:
+            raise
         report = watchdog.describe_failure(error)
         traceback.print_exc()
         print(f"glmv: error: {report}", file=sys.stderr, flush=True)
         return 1
-    watchdog.stop()
+    watchdog.stop(FINISHED if finished else STOPPED)
     groups.destroy()
     return 0
+
+
+def end_run(job: Job, state: TrainState, *, stopped: bool) -> None:
+    """Record how the run ended; a request to stop has been answered either way."""
+    job.stop.done()
+    if stopped:
+        text = f"stopped on request at step {state.step} ({job.stop.reason}); saved, and the next start goes on from there"
+        job.events.record("stop", state.step, text)
+    else:
+        job.events.record("finish", state.step, f"finished, {state.step} steps done")
+
+
+def _join(config: StageConfig) -> Job:
+    """Join the process group, and say how the start before this one ended."""
+    config.check()
+    config.data_parallel(groups.num_ranks())
+    first, folder = is_first_rank(), config.run_folder
+    # Read before the ranks meet: afterwards each begins its file anew.
+    earlier = describe_end(read_heartbeats(folder)) if first else None
+    groups.initialize(config.parallel, config.seed, collective_timeout_s(config.parallel.timeout_s))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if first:
+        forget_ranks(folder, ranks)
+    watchdog = Watchdog(folder, rank, ranks, config.parallel.timeout_s, coordinates=groups.coordinates())
+    events = EventLog(folder, reports=first)
+    if earlier is not None:
+        step, text = earlier
+        events.record("fault", step, f"the start before this one ended at step {step}: {text}", {"fault": text})
+    stop = StopRequest(folder, reads_file=first, restarts=num_restarts())
+    if left := stop.leave_out_earlier():
+        print(left, file=sys.stderr, flush=True)
+    return Job(watchdog, stop, events)

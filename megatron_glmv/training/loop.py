@@ -10,12 +10,14 @@ from megatron_glmv.data.loader import RowStream
 from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.guard import Guard
+from megatron_glmv.training.job import Job, end_run
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.step import StepResult, evaluate_step, train_step
-from megatron_glmv.training.watchdog import Watchdog
+from megatron_glmv.training.step import StepResult, evaluate_step, row_key, train_step
+from megatron_glmv.training.stragglers import Stragglers
 
 
 @dataclass
@@ -30,42 +32,98 @@ class Run:
     eval_stream: RowStream | None
     metrics: MetricsWriter | None
     """On the one rank that reports."""
-    watchdog: Watchdog
+    job: Job
+    guard: Guard
     observer: Observer
+    stragglers: Stragglers
     profiler: Profiler
 
 
-def train(run: Run) -> None:
-    """Train from the state's step to the last one, and leave a checkpoint of it."""
-    config, state = run.config, run.state
-    while state.step < config.steps:
+def train(run: Run) -> bool:
+    """Train from the state's step to the last one, or until asked to stop, and leave a checkpoint.
+
+    Returns:
+        Whether the last step is done.
+    """
+    with run.job.stop.listening():
+        stopped = _train(run)
+    run.checkpointer.close()
+    report_save(run)
+    end_run(run.job, run.state, stopped=stopped)
+    return not stopped
+
+
+def _train(run: Run) -> bool:
+    config, state, watchdog = run.config, run.state, run.job.watchdog
+    stopping = False
+    while state.step < config.steps and not stopping:
         started, waited = time.perf_counter(), run.stream.wait_s
-        run.watchdog.beat(state.step, "data")
-        batch = run.stream.step(state.step)
-        run.watchdog.beat(state.step, "step")
+        watchdog.beat(state.step, "data")
+        batch = run.stream.step(state.next_batch())
+        watchdog.rows = [row_key(row) for row in batch.rows]
+        watchdog.beat(state.step, "step")
         run.profiler.before_step(state.step + 1)
-        with run.observer.watch(state.step + 1):
-            result = train_step(run.assembly, batch, state.step)
+        with run.observer.watch(state.step + 1), run.stragglers.watch(state.step + 1):
+            result = train_step(run.assembly, batch, state.step, guard=run.guard, stop=run.job.stop.is_requested())
+        run.profiler.after_step(state.step + 1, last=state.step + 1 == config.steps)
+        if went_back(run, result):
+            continue
         advance(state, config, result)
-        run.profiler.after_step(state.step, last=state.step == config.steps)
         observation = run.observer.look(result.grad_norm)
+        wait_s = run.stream.wait_s - waited
+        ranks = run.stragglers.compare(wait_s)
         if run.metrics is not None:
-            run.metrics.log_step(
-                describe_step(config, state, result, time.perf_counter() - started, run.stream.wait_s - waited)
-            )
+            run.metrics.log_step(describe_step(config, state, result, time.perf_counter() - started, wait_s))
+            if ranks is not None:
+                run.metrics.log_ranks(state.step, ranks)
             if observation is not None:
                 run.metrics.log_observation(state.step, observation)
-        run.watchdog.beat(state.step, "checkpoint")
-        if run.checkpointer.poll() and run.metrics is not None:
-            run.metrics.note(f"checkpoint complete, {state.step} steps done")
+        watchdog.beat(state.step, "checkpoint")
+        run.checkpointer.poll()
         last = state.step == config.steps
+        stopping = result.agreement.stop and not last
         # Before the save, so that a run killed between the two evaluates again.
         if run.eval_stream is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
-        if state.step % config.checkpoint.every_steps == 0 or last:
-            run.watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state)
-    run.checkpointer.close()
+        if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
+            watchdog.beat(state.step, "checkpoint")
+            run.checkpointer.save(state, must=last or stopping)
+        report_save(run)
+    return stopping
+
+
+def report_save(run: Run) -> None:
+    """Report a checkpoint that has become complete."""
+    save = run.checkpointer.take_report()
+    if save is not None and run.metrics is not None:
+        run.metrics.log_save(save)
+
+
+def went_back(run: Run, result: StepResult) -> bool:
+    """Do what the guard's policy wants about the step just done; returns whether the run is at a checkpoint again.
+
+    Raises:
+        GuardError: the policy ends the run.
+    """
+    state, finite = run.state, result.agreement.finite
+    verdict = run.guard.judge(result.loss, result.grad_norm, applied=result.applied, finite=finite)
+    if verdict is None:
+        return False
+    reason = verdict.reason if finite else f"{verdict.reason}: {run.assembly.own_gradients.blame()}"
+    if verdict.policy == "rollback":
+        left_out = run.guard.left_out_with(state.next_batch())
+        run.job.watchdog.beat(state.step, "rollback")
+        if (saved := run.checkpointer.return_to_latest()) is not None:
+            run.guard.count_return(saved.step)
+            vars(state).update(vars(saved), left_out=tuple(sorted({*saved.left_out, *left_out})))
+            if run.metrics is not None:
+                run.metrics.go_back(state.step)
+            text = f"{reason}; back to the checkpoint of step {state.step}, batches left out: {', '.join(map(str, left_out))}"
+            run.job.events.record("rollback", state.step, text, {"left_out": state.left_out})
+            return True
+        reason += "; there is no checkpoint to go back to"
+    run.job.events.record("skip", state.step + 1, f"{reason}; the update was refused, and the run goes on")
+    return False
 
 
 def evaluate(run: Run) -> float:
@@ -74,7 +132,7 @@ def evaluate(run: Run) -> float:
     batches = max(1, run.config.evaluation.rows // run.config.global_batch_rows)
     loss, tokens = 0.0, 0
     for batch in range(batches):
-        run.watchdog.beat(run.state.step, "evaluation")
+        run.job.watchdog.beat(run.state.step, "evaluation")
         batch_loss, batch_tokens = evaluate_step(run.assembly, run.eval_stream.step(batch))
         loss, tokens = loss + batch_loss, tokens + batch_tokens
     mean = loss / max(tokens, 1)
@@ -85,6 +143,7 @@ def evaluate(run: Run) -> float:
 
 def advance(state: TrainState, config: TrainConfig, result: StepResult) -> None:
     """Count one step."""
+    state.batch = state.next_batch() + 1
     state.step += 1
     state.consumed_rows += config.global_batch_rows
     state.consumed_tokens += result.trained_tokens

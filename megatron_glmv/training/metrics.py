@@ -13,9 +13,10 @@ from typing import Any, TextIO
 
 from megatron_glmv.config.model import Part
 from megatron_glmv.config.training import MetricsConfig
+from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.observation import Observation
 from megatron_glmv.training.progress import format_count, format_duration, format_rate
-from megatron_glmv.training.recorder import Recorder, read_metrics
+from megatron_glmv.training.recorder import Recorder, read_metrics, record_save
 
 _SMOOTHING = 0.9
 """Share of the past in the seconds per step that the remaining time is reckoned with."""
@@ -109,6 +110,19 @@ class MetricsWriter:
     def note(self, text: str) -> None:
         """Print a line that stays: a checkpoint written, a sample that did not decode."""
         self._recorder.note(text)
+
+    def log_ranks(self, step: int, ranks: Mapping[str, Any]) -> None:
+        """Report a comparison of all ranks after `step` steps."""
+        self._recorder.write({"step": step, "ranks": ranks}, "train")
+
+    def log_save(self, save: SaveReport) -> None:
+        """Report a checkpoint that has become complete."""
+        record_save(self._recorder, save, "train")
+
+    def go_back(self, step: int) -> None:
+        """Forget what was reported after `step`: the run has returned to a checkpoint."""
+        self._interval.clear()
+        self._recorder.go_back(step)
 
     def close(self) -> None:
         """Flush everything."""

@@ -38,7 +38,7 @@ class Observer:
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
         self._every_steps = assembly.config.metrics.observe_every_steps
-        self._timers: _StageTimers | None = None
+        self._timers: StageTimers | None = None
 
     @contextmanager
     def watch(self, step: int) -> Iterator[None]:
@@ -50,7 +50,7 @@ class Observer:
         if not self.is_due(step):
             yield
             return
-        self._timers = _StageTimers()
+        self._timers = StageTimers()
         config = self._assembly.models[0].config
         config.timers = self._timers
         try:
@@ -110,7 +110,7 @@ class Observer:
                         yield part, value
 
 
-class _StageTimers:
+class StageTimers:
     """Stands in for Megatron's timers during one schedule: how long it took, and how much of that this stage computed.
 
     Source: megatron-core 0.16.1, pipeline_parallel/schedules.py (the names, and where they start and stop).
@@ -129,10 +129,14 @@ class _StageTimers:
             self._timers[name] = _Timer(name in (*self._COMPUTE, self._WHOLE))
         return self._timers[name]
 
+    def compute_seconds(self) -> float:
+        """Seconds in which this stage computed."""
+        return sum(self(name).seconds for name in self._COMPUTE)
+
     def idle_share(self) -> float:
         """Share of the schedules' time in which this stage did not compute."""
         whole = self(self._WHOLE).seconds
-        return max(0.0, 1.0 - sum(self(name).seconds for name in self._COMPUTE) / whole) if whole else 0.0
+        return max(0.0, 1.0 - self.compute_seconds() / whole) if whole else 0.0
 
 
 class _Timer:

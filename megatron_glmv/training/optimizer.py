@@ -9,7 +9,7 @@ Source: megatron-core 0.16.1, optimizer/__init__.py (groups and their overrides)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
 from megatron_glmv.config.model import Part
 from megatron_glmv.config.training import StageConfig
+from megatron_glmv.training.agreement import Agreement, agree
 from megatron_glmv.training.schedule import learning_rate, part_rates
 
 PARTS: tuple[Part, ...] = ("vision", "merger", "text")
@@ -33,9 +34,11 @@ class StepOutcome:
     """What one call of :func:`step_optimizer` did; equal on all ranks."""
 
     applied: bool
-    """False: the gradients were not finite somewhere, and nothing changed anywhere."""
+    """False: the gradients were not finite somewhere, or a guard refused them, and nothing changed anywhere."""
     grad_norm: float
-    """Norm of the gradient over all parameters, before clipping; inf or nan when not applied."""
+    """Norm of the gradient over all parameters, before clipping; inf or nan when not finite."""
+    agreement: Agreement
+    """What the ranks agreed on."""
 
 
 def part_of(name: str) -> Part:
@@ -115,22 +118,36 @@ def set_learning_rates(optimizer: MegatronOptimizer, step: int, config: StageCon
 
 
 @torch.no_grad()
-def step_optimizer(optimizer: MegatronOptimizer) -> StepOutcome:
+def step_optimizer(
+    optimizer: MegatronOptimizer,
+    *,
+    accept: Callable[[float], bool] = lambda grad_norm: True,
+    stop: bool = False,
+) -> StepOutcome:
     """Clip and apply the gradients of one step, or nothing at all if any rank has a non-finite one; every rank must call it.
 
     When skipped, parameters, moments and the optimizer's own step count stay as they are.
+
+    Args:
+        optimizer: with the reduced gradients of the step.
+        accept: told the gradient norm if it is finite, whether the update is wanted.
+        stop: this rank was asked to stop; the others learn of it with the same message.
     """
     overflow = optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not _all_ranks(math.isfinite(grad_norm) and not overflow and _duplicates_finite(optimizer)):
-        return StepOutcome(applied=False, grad_norm=grad_norm if not math.isfinite(grad_norm) else math.nan)
+    finite = math.isfinite(grad_norm) and not overflow and _duplicates_finite(optimizer)
+    found = agree(finite=finite, accepted=not finite or accept(grad_norm), stop=stop)
+    if not found.finite:
+        return StepOutcome(False, grad_norm if not math.isfinite(grad_norm) else math.nan, found)
+    if not found.accepted:
+        return StepOutcome(False, grad_norm, found)
     if optimizer.config.clip_grad > 0:
         for inner in optimizer.chained_optimizers:
             parameters = inner.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
-    return StepOutcome(applied=True, grad_norm=grad_norm)
+    return StepOutcome(True, grad_norm, found)
 
 
 def gather_weights(model_chunks: Sequence[DistributedDataParallel]) -> None:
@@ -154,10 +171,3 @@ def _duplicates_finite(optimizer: MegatronOptimizer) -> bool:
         if parameter.grad is not None and not param_is_not_tensor_parallel_duplicate(parameter)
     ]
     return all(bool(norm.isfinite()) for norm in torch._foreach_norm(grads)) if grads else True
-
-
-def _all_ranks(flag: bool) -> bool:
-    """Whether the flag holds on every rank."""
-    value = torch.tensor([flag], dtype=torch.int32, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MIN)
-    return bool(value.item())

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from megatron_glmv.config.base import InputError, read_yaml
 from megatron_glmv.config.training import MetricsConfig, WandbConfig
+from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.observation import Histogram, Observation
 from megatron_glmv.training.progress import ProgressLine
 
@@ -31,7 +32,7 @@ class Recorder:
     """
 
     def __init__(self, run_folder: Path, config: MetricsConfig, first_step: int = 0, stream: TextIO | None = None) -> None:
-        self.path = run_folder / METRICS_FILE
+        self.path, self._folder = run_folder / METRICS_FILE, run_folder
         self._line = ProgressLine(stream)
         run_folder.mkdir(parents=True, exist_ok=True)
         rewind(self.path, first_step)
@@ -63,6 +64,15 @@ class Recorder:
         """Print a line that stays: a checkpoint written, a sample that did not decode."""
         self._line.note(text)
 
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after `step`: the run has returned to a checkpoint. Weights & Biases keeps it."""
+        self._file.close()
+        rewind(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._board is not None:
+            self._board.close()
+            self._board = _open_board(self._folder / "tensorboard", step)
+
     def close(self) -> None:
         """Flush everything."""
         self._line.close()
@@ -71,6 +81,13 @@ class Recorder:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def record_save(recorder: Recorder, save: SaveReport, kind: str) -> None:
+    """Record and say what a checkpoint cost that has become complete."""
+    recorder.write({"step": save.step, "checkpoint": {"stall_s": save.stall_s, "seconds": save.seconds}}, kind)
+    stall = f"training stood still for {save.stall_s:.2f} of its {save.seconds:.2f} s"
+    recorder.note(f"checkpoint of step {save.step} complete; {stall}")
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from megatron_glmv.parallel import groups, platform
 from megatron_glmv.parallel.mcore import layer_kind
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.job import Job
 from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.stop import num_restarts
 
 
 def first_state(
@@ -42,6 +45,12 @@ def load_start(config: StageConfig, models: Sequence[Glm4vModel], assembly: Asse
 def starts_from_hf(model: ModelConfig) -> bool:
     """Whether the first weights come from a Hugging Face folder."""
     return model.hf_folder is not None and model.load_weights
+
+
+def begin_run(job: Job, config: StageConfig, models: Sequence[Glm4vModel], state: TrainState) -> None:
+    """Record and say what starts here."""
+    details = {"ranks": dist.get_world_size(), "restarts": num_restarts(), "host": socket.gethostname()}
+    job.events.record("start", state.step, describe_start(config, models, state), details)
 
 
 def describe_start(config: StageConfig, models: Sequence[Glm4vModel], state: TrainState) -> str:

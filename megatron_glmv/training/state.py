@@ -1,4 +1,4 @@
-"""What a run must remember beside its tensors: a few integers, because the order of the data is a function of them."""
+"""What a run must remember beside its tensors: a few numbers, because the order of the data is a function of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,26 @@ class TrainState:
     consumed_tokens: int = 0
     """Tokens of those rows that were trained on."""
     skipped_steps: int = 0
-    """Steps whose gradients were not finite."""
+    """Steps whose updates were refused: gradients that were not finite, or a spike."""
     bad_samples: int = 0
     """Samples whose media could not be decoded."""
+    batch: int = -1
+    """Number of the next global batch in the order of the data; as `step`, unless batches were left out. -1: the same."""
+    left_out: tuple[int, ...] = ()
+    """Batches that a rollback leaves out, rising."""
+    losses: tuple[float, ...] = ()
+    """Of the newest applied steps, for the guard."""
+    grad_norms: tuple[float, ...] = ()
+    """The same steps'."""
+
+    def __post_init__(self) -> None:
+        if self.batch < 0:
+            self.batch = self.step
+        self.left_out, self.losses, self.grad_norms = tuple(self.left_out), tuple(self.losses), tuple(self.grad_norms)
+
+    def next_batch(self) -> int:
+        """The batch of the next step: those that are left out are jumped over."""
+        number = self.batch
+        while number in self.left_out:
+            number += 1
+        return number

@@ -12,16 +12,27 @@ from typing import Any
 
 from megatron_glmv.config.base import InputError, read_yaml
 from megatron_glmv.convert.checkpoint_folder import complete_folders, read_manifest
+from megatron_glmv.training.events import read_events
+from megatron_glmv.training.heartbeat import FINISHED, LOST_CONTACT, STOPPED, Heartbeat, describe_end, is_gone, read_heartbeats
 from megatron_glmv.training.progress import format_count, format_duration
 from megatron_glmv.training.recorder import METRICS_FILE, read_metrics
-from megatron_glmv.training.watchdog import Heartbeat, is_gone, read_heartbeats
+from megatron_glmv.training.refusal import read_refusal
 
 SILENT_S = 60.0
 """A rank renews its file every few seconds; one that has not for so long has ended or lost its disk."""
 
 
-def print_status(run_folder: Path) -> None:
+FINISHED_CODE, REFUSED_CODE, GOES_ON_CODE = 0, 1, 3
+"""Exit codes for a script that decides whether to start a run again: it is done, it would fail the same way, it can go on."""
+_SAME_FAULTS = 3
+"""As many faults in a row at the same step, with the same words, are no accident."""
+
+
+def print_status(run_folder: Path) -> int:
     """Print what the folder says.
+
+    Returns:
+        The exit code of ``glmv status --exit-code``.
 
     Raises:
         InputError: it is no run's folder.
@@ -32,19 +43,31 @@ def print_status(run_folder: Path) -> None:
     records = list(read_metrics(run_folder / METRICS_FILE))
     for name, text in _lines(run_folder, config, records):
         print(f"{name:<12}{text}")
+    return _exit_code(run_folder)
 
 
 def _lines(run_folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     kind = "rl" if "prompts" in config else "train"
     yield "run", f"{run_folder} (glmv {kind})"
-    yield "state", describe_state(read_heartbeats(run_folder), time.time())
+    refusal = read_refusal(run_folder)
+    yield "state", f"cannot go on: {refusal}" if refusal else describe_state(read_heartbeats(run_folder), time.time())
     last = next((record for record in reversed(records) if "loss" in record or "expansion" in record), None)
     if last is not None:
         yield from _progress(last, int(config["steps"]))
     evaluated = next((record for record in reversed(records) if "eval_loss" in record or "eval" in record), None)
     if evaluated is not None:
         yield "held out", _evaluation(evaluated)
+    compared = next((record for record in reversed(records) if "ranks" in record), None)
+    if compared is not None:
+        found = compared["ranks"]
+        text = f"rank {found['rank']} computes longest, {found['ratio']:.2f} x the mean of its stage"
+        yield "ranks", f"{text}; rank {found['waiting_rank']} waits {found['wait_s']:.2f} s a step for rows"
     yield from _checkpoints(run_folder)
+    saved = next((record for record in reversed(records) if "checkpoint" in record), None)
+    if saved is not None:
+        cost = saved["checkpoint"]
+        yield "save", f"training stood still for {cost['stall_s']:.2f} s of the {cost['seconds']:.2f} s that the last one took"
+    yield from _events(run_folder)
     faults = sum(sum(1 for _ in path.open("rb")) for path in run_folder.glob("bad_samples_*.jsonl"))
     if faults:
         yield "bad samples", f"{faults:,}, listed in {run_folder}/bad_samples_*.jsonl"
@@ -59,18 +82,19 @@ def describe_state(beats: Sequence[Heartbeat], now: float) -> str:
     """
     if not beats:
         return "never started a rank"
-    failed = [beat for beat in beats if beat.failure and beat.failure not in ("lost contact", "finished")]
+    failed = [beat for beat in beats if beat.has_failed]
     if failed:
         first = min(failed, key=lambda beat: beat.heard)
         return f"failed {_ago(now - first.heard)}: rank {first.rank} at {first.place}: {first.failure}"
     last = max(beats, key=lambda beat: beat.heard)
-    if all(beat.failure == "finished" for beat in beats):
-        return f"finished {_ago(now - last.heard)} at step {last.step}, {len(beats)} ranks"
+    if all(beat.failure in (FINISHED, STOPPED) for beat in beats):
+        word = "finished" if last.failure == FINISHED else "stopped on request"
+        return f"{word} {_ago(now - last.heard)} at step {last.step}, {len(beats)} ranks"
     silent = [beat for beat in beats if not beat.failure and (now - beat.heard > SILENT_S or is_gone(beat))]
-    lost = [beat for beat in beats if beat.failure == "lost contact"]
+    lost = [beat for beat in beats if beat.failure == LOST_CONTACT]
     if len(silent) + len(lost) == len(beats) or lost:
         first = min(silent or lost, key=lambda beat: beat.heard)
-        return f"stopped {_ago(now - last.heard)} at step {last.step}; first silent: rank {first.rank} at {first.place}"
+        return f"broke off {_ago(now - last.heard)} at step {last.step}; first silent: rank {first.rank} at {first.place}"
     if silent:
         names = ", ".join(str(beat.rank) for beat in silent[:8])
         return f"running at step {last.step}, but silent: rank {names}{', ...' if len(silent) > 8 else ''}"
@@ -113,6 +137,37 @@ def _checkpoints(run_folder: Path) -> Iterator[tuple[str, str]]:
     saved = read_manifest(folder).get("saved_at")
     age = f", {_ago(time.time() - saved)}" if saved else ""
     yield "checkpoint", f"{folder.name} of step {step:,}{age}; {len(complete)} on disk"
+
+
+def _events(run_folder: Path) -> Iterator[tuple[str, str]]:
+    events = read_events(run_folder)
+    starts, faults = ([event for event in events if event["kind"] == kind] for kind in ("start", "fault"))
+    if len(starts) > 1:
+        yield "restarts", f"{len(starts) - 1:,}; the last began at step {starts[-1]['step']:,}, {_ago_at(starts[-1])}"
+    if faults:
+        yield "faults", f"{len(faults):,}; the last {_ago_at(faults[-1])}: {faults[-1]['text']}"
+    listed = [event for event in events if event["kind"] in ("hang", "skip", "rollback", "damaged", "unsaved")]
+    for event in listed[-3:]:
+        yield event["kind"], f"{event['text']} ({_ago_at(event)})"
+
+
+def _exit_code(run_folder: Path) -> int:
+    """Whether a script should start the run again."""
+    beats = read_heartbeats(run_folder)
+    if read_refusal(run_folder):
+        return REFUSED_CODE
+    if beats and all(beat.failure == FINISHED for beat in beats):
+        return FINISHED_CODE
+    # The last fault is told by the next start only; so the one in the heartbeats is counted here.
+    faults = [(event["step"], event.get("fault")) for event in read_events(run_folder, ("fault",))]
+    if (now := describe_end(beats)) is not None:
+        faults.append(now)
+    same = len(faults) >= _SAME_FAULTS and len(set(faults[-_SAME_FAULTS:])) == 1
+    return REFUSED_CODE if same and any(beat.has_failed for beat in beats) else GOES_ON_CODE
+
+
+def _ago_at(event: Mapping[str, Any]) -> str:
+    return _ago(time.time() - event["time"])
 
 
 def _mean(values: Mapping[str, float]) -> float:

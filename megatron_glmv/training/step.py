@@ -23,7 +23,9 @@ from megatron_glmv.parallel import groups, platform
 from megatron_glmv.plan.flops import Flops, row_flops
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
+from megatron_glmv.training.agreement import Agreement
 from megatron_glmv.training.assemble import Assembly
+from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Tensor, Any]]
@@ -48,28 +50,37 @@ class StepResult:
     learning_rates: dict[Part, float]
     grad_norm: float
     applied: bool
-    """False: a gradient was not finite, and the step changed nothing."""
+    """False: a gradient was not finite, or a guard refused the update, and the step changed nothing."""
+    agreement: Agreement
+    """What the ranks agreed on beside it."""
 
 
-def train_step(assembly: Assembly, batch: StepRows, step: int) -> StepResult:
+def train_step(assembly: Assembly, batch: StepRows, step: int, *, guard: Guard | None = None, stop: bool = False) -> StepResult:
     """Run one optimizer update on this replica's rows of the step.
 
     Args:
         assembly: this rank's model and optimizer.
         batch: this replica's rows; pictures and faults on the decoding rank only.
         step: counted from 0; fixes the learning rates.
+        guard: asked before the update whether the step is as usual.
+        stop: this rank was asked to stop; all learn of it at the end of the step.
     """
     for chunk in assembly.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     assembly.optimizer.zero_grad()
+    assembly.own_gradients.clear()
     rows, bad = agree_on_faults(batch)
     outputs = run_schedule(assembly, rows, forward_only=False)
     rates = set_learning_rates(assembly.optimizer, step, assembly.config)
-    outcome = step_optimizer(assembly.optimizer)
     loss, tokens = reduce_loss(outputs)
+    outcome = step_optimizer(
+        assembly.optimizer, accept=lambda norm: guard is None or not guard.find_spike(loss, norm), stop=stop
+    )
     useful, images, bad_samples, flops = _count(assembly, rows, bad)
-    return StepResult(loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied)
+    return StepResult(
+        loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied, outcome.agreement
+    )
 
 
 @torch.no_grad()
@@ -117,7 +128,7 @@ def run_schedule(
         weighted losses, and number of trained tokens.
     """
     num_chunks = len(assembly.chunks)
-    iterators = [iter(rows) for _ in range(num_chunks)]
+    iterators = [_begin_rows(assembly, rows), *(iter(rows) for _ in range(num_chunks - 1))]
     return get_forward_backward_func()(
         forward_step_func=forward_step or partial(_forward_step, assembly.config),
         data_iterator=iterators if num_chunks > 1 else iterators[0],
@@ -127,6 +138,18 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def _begin_rows(assembly: Assembly, rows: Sequence[Any]) -> Iterator[Any]:
+    """The rows, each announced when it is taken."""
+    for number, row in enumerate(rows, 1):
+        assembly.begin_row(number, len(rows), row_key(row))
+        yield row
+
+
+def row_key(row: Any) -> str:
+    """The id of a packed row, or of what carries one."""
+    return str(getattr(getattr(row, "row", row), "key", ""))
 
 
 def _forward_step(config: StageConfig, iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:

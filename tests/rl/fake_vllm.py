@@ -16,9 +16,12 @@ VOCABULARY = 384
 
 
 class FakeVllm:
-    """Answers every path that the engine uses; `override(path, body, number of this path's calls)` comes first."""
+    """Answers every path that the engine uses; `override(path, body, number of this path's calls)` comes first.
 
-    def __init__(self, name: str = "policy", max_model_len: int = 1024) -> None:
+    Port 0 is any that is free.
+    """
+
+    def __init__(self, name: str = "policy", max_model_len: int = 1024, port: int = 0) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.override: Override = lambda path, body, number: None
@@ -70,7 +73,7 @@ class FakeVllm:
             def handle_error(self, request: object, client_address: object) -> None:
                 """A client that stopped waiting is part of the tests."""
 
-        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 

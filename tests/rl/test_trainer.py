@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_glmv.convert.checkpoint_folder import latest
 from tests.data.processor import write_processor
 from tests.rl.prompt_files import write_prompts
 from tests.stages import start_stage
+from tests.training.runs import heartbeat_of
 
 STEPS, EVERY = 5, 2
 GAP = 1e-3
@@ -168,12 +171,25 @@ def test_a_reference_holds_the_start_and_moves_away(replicas: Path) -> None:
     assert records[1]["policy"]["ratio_max"] > 1.0
 
 
-def test_a_killed_run_continues_exactly(whole, folder: Path) -> None:
+def wait_for_iteration(run: Path, iteration: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while max(records_of(run), default=0) < iteration and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def test_a_stopped_and_a_killed_run_continue_exactly(whole, folder: Path) -> None:
     file = config_file(folder, "killed")
     process = start_stage("rl", file, 2)
-    deadline = time.monotonic() + 200
-    while max(records_of(folder / "killed"), default=0) <= EVERY and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_iteration(folder / "killed", 1, process)
+    os.kill(heartbeat_of(folder / "killed", 1).process, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "stopped on request at step" in output
+    assert heartbeat_of(folder / "killed", 0).failure == "stopped"
+    assert latest(folder / "killed") is not None
+
+    process = start_stage("rl", file, 2)
+    wait_for_iteration(folder / "killed", EVERY + 1, process)
     os.killpg(process.pid, signal.SIGKILL)
     killed_at = max(records_of(folder / "killed"))
     process.communicate()

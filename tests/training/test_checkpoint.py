@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 import resource
 import signal
 import threading
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from megatron_glmv.convert.checkpoint_folder import CheckpointError, complete_folders, latest
+from megatron_glmv.training.events import read_events
 from megatron_glmv.training.state import TrainState
 from tests.ranks import run_ranks, watch_ranks
 
@@ -39,7 +41,7 @@ def report_of(rank: int, folder: str) -> dict[str, Any]:
     platform.activate()
     root = Path(folder)
     report: dict[str, Any] = {kind: save_and_resume(root / name_of(kind), kind) for kind in KINDS}
-    for scenario in (dropout, asynchronous, refusals, full_disk, weights_only):
+    for scenario in (dropout, asynchronous, refusals, damages, full_disk, weights_only):
         report[scenario.__name__] = scenario(root / scenario.__name__)
     for name, layout in OTHERS.items():
         for kind in KINDS:
@@ -110,11 +112,16 @@ def asynchronous(run_folder: Path) -> dict[str, Any]:
     checkpointer.save(TrainState(step=1))
     weights = trainer.weights()
     losses = [trainer.step(step)[0] for step in (1, 2)]
-    report["polled too early"] = checkpointer.poll()
+    checkpointer.poll()
+    report["polled too early"] = checkpointer.take_report()
     report["not yet"] = latest(run_folder)
     disk_answers.set()
-    while not checkpointer.poll():
-        pass
+    time.sleep(0.2)
+    save = None
+    while save is None:
+        checkpointer.poll()
+        save = checkpointer.take_report()
+    report["save"] = save
     report["polled"] = list(complete_folders(run_folder))
     trainer, checkpointer = opened(run_folder, SAVED, seed=99, **changes)
     checkpointer.load_latest()
@@ -172,34 +179,87 @@ def message(action: Callable[[], object]) -> str:
 def refusals(run_folder: Path) -> dict[str, str]:
     _, checkpointer = opened(run_folder, SAVED)
     checkpointer.save(TrainState(step=1))
-    report = {
+    return {
         "architecture": message(opened(run_folder, SAVED, preset="glm-4.1v-9b")[1].load_latest),
         "precision": message(opened(run_folder, SAVED, dtype="bf16")[1].load_latest),
         "no resume": message(lambda: opened(run_folder, SAVED, resume=False)),
         "start from": message(lambda: opened(run_folder, SAVED)[1].load_weights_only(run_folder / "missing")),
     }
-    _, checkpointer = opened(run_folder, SAVED)
-    shard = min(complete_folders(run_folder)[1].glob("*.distcp"))
+
+
+def damages(run_folder: Path) -> dict[str, Any]:
+    """Newer checkpoints damaged in every way; the oldest is whole. Then that one, too."""
+    trainer, checkpointer = opened(run_folder, SAVED, keep=9)
+    trainer.step(0)
+    checkpointer.save(TrainState(step=1))
+    losses = [trainer.step(step)[0] for step in (1, 2)]
+    for step in range(2, 2 + len(DAMAGES)):
+        checkpointer.save(TrainState(step=step))
     if torch.distributed.get_rank() == 0:
-        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+        for damage, folder in zip(DAMAGES.values(), list(complete_folders(run_folder).values())[1:], strict=True):
+            damage(folder)
     torch.distributed.barrier()
-    report["truncated"] = message(checkpointer.load_latest)
+    trainer, checkpointer = opened(run_folder, SAVED, seed=99)
+    state = checkpointer.load_latest()
+    report = {"state": state, "same losses": losses == [trainer.step(step)[0] for step in (1, 2)]}
+    report["left"] = sorted(entry.name for entry in (run_folder / "checkpoints").iterdir())
+    report["events"] = [event["text"] for event in read_events(run_folder, ("damaged",))]
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        cut(min(complete_folders(run_folder)[1].glob("*.distcp")))
+    torch.distributed.barrier()
+    report["start from"] = message(lambda: checkpointer.load_weights_only(run_folder))
+    report["none"] = message(checkpointer.load_latest)
+    report["next start"] = message(opened(run_folder, SAVED)[1].load_latest)
     return report
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "has [0-9,]+ bytes of": lambda folder: cut(max(folder.glob("*.distcp"))),
+    "distcp is not what was written": lambda folder: flip(min(folder.glob("*.distcp"))),
+    "distcp is missing": lambda folder: min(folder.glob("*.distcp")).unlink(),
+    r"\.metadata is not what was written": lambda folder: flip(folder / ".metadata"),
+    r"common\.pt is missing": lambda folder: (folder / "common.pt").unlink(),
+    r"meta\.json: not JSON": lambda folder: cut(folder / "meta.json"),
+    r"meta\.json: not what was written": lambda folder: (folder / "meta.json").write_text(
+        (folder / "meta.json").read_text().replace('"dtype": "fp32"', '"dtype": "fp33"')
+    ),
+}
+"""What the event says, and what is done to the checkpoint."""
+
+
 def full_disk(run_folder: Path) -> dict[str, Any]:
-    """One rank's writes fail half-way, as on a disk that fills up."""
-    trainer, checkpointer = opened(run_folder, SAVED)
+    """One rank's writes fail half-way, as on a disk that fills up: the first time the run goes on, the second time it ends."""
+    trainer, checkpointer = opened(run_folder, SAVED, max_failures=2)
     checkpointer.save(TrainState(step=1))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if torch.distributed.get_rank() == 2:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    said = message(lambda: checkpointer.save(TrainState(step=2)))
+    first = message(lambda: checkpointer.save(TrainState(step=2)))
+    said = message(lambda: checkpointer.save(TrainState(step=3)))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    left = list(complete_folders(run_folder))
-    checkpointer.save(TrainState(step=2))
-    return {"said": said, "left": left, "afterwards": list(complete_folders(run_folder)), "loss": trainer.step(2)[0]}
+    left = sorted(entry.name for entry in (run_folder / "checkpoints").iterdir())
+    torch.distributed.barrier()
+    checkpointer.save(TrainState(step=4))
+    return {
+        "first": first,
+        "said": said,
+        "left": left,
+        "events": [event["text"] for event in read_events(run_folder, ("unsaved",))],
+        "afterwards": list(complete_folders(run_folder)),
+        "loss": trainer.step(2)[0],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +298,7 @@ def test_a_background_save_holds_its_moment(reports: list[dict[str, Any]]) -> No
         found = rank["asynchronous"]
         assert found["not yet"] is None and not found["polled too early"]
         assert found["polled"] == [1]
+        assert found["save"].step == 1 and 0 < found["save"].stall_s < found["save"].seconds - 0.2, "writing is no stall"
         assert found["same weights"] and found["same losses"]
         assert found["second"] == [3], "the newer one is complete, so keep=1 retires the older one"
         assert found["closed"] == [4]
@@ -259,16 +320,30 @@ def test_unusable_checkpoints_get_one_line(reports: list[dict[str, Any]]) -> Non
         assert "precision.dtype was fp32" in said["precision"]
         assert "checkpoint.resume" in said["no resume"]
         assert "missing: holds no complete checkpoint" in said["start from"]
-        assert "step_00000001: could not be read" in said["truncated"]
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_stay(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        found = rank["damages"]
+        assert found["state"] == TrainState(step=1) and found["same losses"]
+        assert found["left"] == ["step_00000001", *(f"step_{step:08d}.damaged" for step in range(2, 2 + len(DAMAGES)))]
+        for said, expected in zip(reversed(found["events"]), DAMAGES, strict=True):
+            assert re.search(expected, said) and "set aside as step_" in said and "\n" not in said
+        assert "step_00000001: damaged (" in found["start from"]
+        for none in (found["none"], found["next start"]):
+            assert "no checkpoint of this run is whole" in none, "it does not begin anew by itself"
 
 
 def test_a_full_disk_loses_nothing(reports: list[dict[str, Any]]) -> None:
     for rank in reports:
         found = rank["full_disk"]
-        assert "step_00000002: could not be written" in found["said"]
+        assert not found["first"]
+        [event] = found["events"]
+        assert "step_00000002: could not be written" in event and "(failure 1 of 2 in a row)" in event
+        assert "step_00000003: could not be written" in found["said"]
         assert "older checkpoints are untouched" in found["said"]
-        assert found["left"] == [1]
-        assert found["afterwards"] == [1, 2]
+        assert found["left"] == ["step_00000001"], "what was written of the others gives its room back"
+        assert found["afterwards"] == [1, 4]
     assert "File too large" in reports[0]["full_disk"]["said"], "the rank that gathers the results knows the reason"
 
 

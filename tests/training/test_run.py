@@ -10,15 +10,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import Glm4vForConditionalGeneration
 
 from megatron_glmv import cli
@@ -31,54 +28,13 @@ from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from tests.data.pictures import draw, encode
 from tests.data.processor import write_processor
-from tests.data.rows import LENGTH, default_pictures, measure, write_rows
+from tests.data.rows import default_pictures, measure, write_rows
 from tests.model import oracle
 from tests.ranks import run_ranks
 from tests.stages import REPOSITORY, start_stage
+from tests.training.runs import EVERY, STEPS, config_file, steps_of, train, wait_for_step
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")
-STEPS, EVERY = 20, 4
-
-
-def config_file(folder: Path, name: str, data: Path, **changes: Any) -> Path:
-    """A small run on `data`; `changes` are top-level keys."""
-    tree: dict[str, Any] = {
-        "run_folder": str(folder / name),
-        "steps": STEPS,
-        "global_batch_rows": 4,
-        "model": {"preset": "digits", "init_std": 0.08},
-        "parallel": {"tensor": 2, "timeout_s": 60},
-        "precision": {"dtype": "fp32", "layers": "torch"},
-        "data": {"sequence_length": LENGTH, "decode_threads": 1, "sources": [{"name": "rows", "path": str(data)}]},
-        "optimizer": {"lr": 0.002, "warmup_steps": 4},
-        "checkpoint": {"every_steps": EVERY, "keep": 10},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree | changes), encoding="utf-8")
-    return path
-
-
-def train(file: Path, ranks: int, *overrides: str) -> tuple[int, str]:
-    """Run `glmv train` to its end: exit code and output."""
-    process = start_stage("train", file, ranks, *overrides)
-    output, _ = process.communicate(timeout=300)
-    return process.returncode, output
-
-
-def steps_of(run: Path) -> dict[int, tuple[float, float, int]]:
-    """Loss, gradient norm and trained tokens of every reported step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {r["step"]: (r["loss"], r["grad_norm"], r["trained_tokens"]) for r in records if "loss" in r}
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait until the run has reported `step`."""
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and max(steps_of(run), default=0) >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was never reported: {process.communicate()[0]}")
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_glmv import cli
+from megatron_glmv.training.events import record_event
+from megatron_glmv.training.heartbeat import Heartbeat, describe_end, heartbeat_path, read_heartbeats
 from megatron_glmv.training.status import describe_state
-from megatron_glmv.training.watchdog import Heartbeat, read_heartbeats
 
 NOW = 1000.0
 ALIVE = Heartbeat(0, 7, "step", 30, NOW - 2, socket.gethostname(), os.getpid())
@@ -20,11 +21,11 @@ FAR = replace(ALIVE, rank=1, host="another", process=1)
 STATES = {
     "running, 2 ranks, heard of 0:02 ago; at step 7 (step)": [ALIVE, FAR],
     "running at step 7, but silent: rank 1": [ALIVE, replace(FAR, heard=NOW - 300)],
-    "stopped 5:00 ago at step 7; first silent: rank 1 at step 6 (data)": [
+    "broke off 5:00 ago at step 7; first silent: rank 1 at step 6 (data)": [
         replace(ALIVE, host="another", heard=NOW - 300),
         replace(FAR, step=6, phase="data", heard=NOW - 301),
     ],
-    "stopped 0:02 ago at step 7; first silent: rank 0 at step 7 (step)": [replace(ALIVE, process=2**22 + 1)],
+    "broke off 0:02 ago at step 7; first silent: rank 0 at step 7 (step)": [replace(ALIVE, process=2**22 + 1)],
     "failed 0:09 ago: rank 1 at step 7 (step): OSError: disk": [
         replace(ALIVE, failure="lost contact"),
         replace(FAR, failure="OSError: disk", heard=NOW - 9),
@@ -32,6 +33,10 @@ STATES = {
     "finished 1:00 ago at step 7, 2 ranks": [
         replace(ALIVE, failure="finished", heard=NOW - 60),
         replace(FAR, failure="finished", heard=NOW - 61),
+    ],
+    "stopped on request 1:00 ago at step 7, 2 ranks": [
+        replace(ALIVE, failure="stopped", heard=NOW - 60),
+        replace(FAR, failure="stopped", heard=NOW - 61),
     ],
     "never started a rank": [],
 }
@@ -95,6 +100,70 @@ def test_a_run_of_reinforcement_learning_is_told_from_its_files(tmp_path: Path, 
     assert "0.600, accuracy 50.0%, useful groups 50%" in output
     assert "accuracy 30.0% at step 0: math 40.0%, ocr 20.0%" in output
     assert "checkpoint  none" in output
+
+
+def test_what_befell_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = {"rank": 3, "ratio": 1.5, "compute_s": 2.0, "waiting_rank": 1, "wait_s": 0.25}
+    save = {"stall_s": 0.5, "seconds": 4.0}
+    write_run(tmp_path, "steps: 20", [{"step": 8, "ranks": ranks}, {"step": 8, "checkpoint": save}])
+    record_event(tmp_path, "start", 0, "starting")
+    record_event(
+        tmp_path, "fault", 7, "the start before this one ended at step 7: rank 1 on n2 was killed", fault="rank 1 on n2"
+    )
+    record_event(tmp_path, "start", 4, "resuming")
+    record_event(tmp_path, "skip", 6, "step 6, batch 5: gradients are not finite")
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "sta')  # a killed rank's
+    assert cli.main(["status", str(tmp_path), "--exit-code"]) == 0
+    output = capsys.readouterr().out
+    for part in (
+        "rank 3 computes longest, 1.50 x the mean of its stage; rank 1 waits 0.25 s a step for rows",
+        "training stood still for 0.50 s of the 4.00 s",
+        "restarts    1; the last began at step 4, now",
+        "faults      1; the last now: the start before this one ended at step 7: rank 1 on n2 was killed",
+        "skip        step 6, batch 5: gradients are not finite (now)",
+    ):
+        assert part in output
+
+
+@pytest.mark.parametrize(
+    ("failures", "earlier", "code"),
+    [
+        (("finished", "finished"), 0, 0),
+        (("stopped", "stopped"), 0, 3),
+        (("", ""), 0, 3),
+        (("lost contact", ""), 9, 3),
+        (("OSError: disk", "lost contact"), 1, 3),
+        (("OSError: disk", "lost contact"), 2, 1),
+    ],
+    ids=["finished", "stopped", "runs", "killed again and again", "failed twice", "failed three times alike"],
+)
+def test_the_exit_code_says_whether_to_start_again(tmp_path: Path, failures: tuple[str, str], earlier: int, code: int) -> None:
+    write_run(tmp_path, "steps: 20", [])
+    for rank, failure in enumerate(failures):
+        beat = replace(FAR, rank=rank, step=7, failure=failure, heard=NOW - rank)
+        heartbeat_path(tmp_path, rank).write_bytes(json.dumps(asdict(beat)).encode())
+    for _ in range(earlier):
+        record_event(tmp_path, "fault", 7, "before", fault="rank 0 on another at step 7 (step): OSError: disk")
+    assert cli.main(["status", str(tmp_path), "--exit-code"]) == code
+    assert cli.main(["status", str(tmp_path)]) == 0
+
+
+def test_how_an_earlier_start_ended() -> None:
+    assert describe_end([]) is None
+    assert describe_end([replace(ALIVE, failure="stopped"), replace(FAR, failure="finished")]) is None
+    assert describe_end([replace(ALIVE, failure="lost contact"), replace(FAR, step=8)]) == (
+        8,
+        "rank 1 on another was killed at step 8 (step)",
+    )
+    assert describe_end([ALIVE, replace(FAR, heard=NOW - 9)]) == (
+        7,
+        "rank 1 on another was killed at step 7 (step) (2 of 2 ranks ended without a word)",
+    )
+    assert describe_end([replace(ALIVE, failure="lost contact"), replace(FAR, failure="OSError: disk")]) == (
+        7,
+        "rank 1 on another at step 7 (step): OSError: disk",
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,33 +8,44 @@ import datetime as dt
 import os
 import re
 import signal
+import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_glmv.training.events import read_events
+from megatron_glmv.training.hang_report import first_behind, save_report
+from megatron_glmv.training.heartbeat import own_heartbeat
 from megatron_glmv.training.watchdog import EXIT_CODE, Watchdog, collective_timeout_s
 from tests.ranks import Outcome, watch_ranks
 
 TIMEOUT_S, CULPRIT, FATAL_STEP = 5.0, 1, 3
+PLACES = ("tensor 0, pipeline 0, context 0, data 0", "tensor 0, pipeline 0, context 0, data 1")
 
 
 def run(rank: int, folder: str, fault: str) -> None:
     """A loop of collectives in which one rank meets a fault; what the main program does about it is shown here too."""
     timeout = dt.timedelta(seconds=collective_timeout_s(TIMEOUT_S))
     dist.init_process_group("gloo", timeout=timeout)
-    watchdog = Watchdog(Path(folder), rank, dist.get_world_size(), TIMEOUT_S)
+    watchdog = Watchdog(Path(folder), rank, dist.get_world_size(), TIMEOUT_S, coordinates=PLACES[rank % 2])
     dist.barrier()
     watchdog.start()
     try:
         for step in range(1, 6):
             watchdog.beat(step, "rows")
+            watchdog.rows = [f"books/row-{step}-{rank}-{number}" for number in range(2)]
             if step == FATAL_STEP and rank == CULPRIT:
                 meet(fault)
             watchdog.beat(step, "update")
+            for number, key in enumerate(watchdog.rows, 1):
+                watchdog.begin_row(number, 2, key)
+                if (step, rank, number, fault) == (FATAL_STEP, CULPRIT, 1, "hangs in its first row"):
+                    time.sleep(600)
             dist.all_reduce(torch.ones(1))
     except Exception as error:  # noqa: BLE001
         print("REPORT", watchdog.describe_failure(error), flush=True)
@@ -55,7 +66,15 @@ def meet(fault: str) -> None:
         raise ValueError("row 7 is longer than 64 tokens")
 
 
-FAULTS = {"sleeps": 2, "holds the interpreter": 2, "killed": 3, "frozen": 2, "raises": 2, "none": 2}
+FAULTS = {
+    "sleeps": 2,
+    "hangs in its first row": 2,
+    "holds the interpreter": 2,
+    "killed": 3,
+    "frozen": 2,
+    "raises": 2,
+    "none": 2,
+}
 """Ranks of each run."""
 
 
@@ -67,7 +86,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, l
         runs = {
             # A frozen rank does not end by itself; the launcher kills it when the others have.
             fault: pool.submit(
-                watch_ranks, run, ranks, str(folders[fault]), fault, timeout_s=150.0, stop_on_failure=fault == "frozen"
+                watch_ranks, run, ranks, str(folders[fault]), fault, timeout_s=400.0, stop_on_failure=fault == "frozen"
             )
             for fault, ranks in FAULTS.items()
         }
@@ -84,12 +103,57 @@ def test_a_hang_is_reported_once_and_ends_the_others(endings: dict[str, tuple[Pa
     others = [outcome for outcome in outcomes if outcome.rank != CULPRIT]
     assert all(outcome.exit_code in (EXIT_CODE, 3) for outcome in others), text(outcomes)
     if fault != "frozen":  # a stopped process is left to the launcher
-        assert outcomes[CULPRIT].exit_code in (1, EXIT_CODE)
+        assert outcomes[CULPRIT].exit_code in (-signal.SIGALRM, EXIT_CODE)
     expected = "no progress for 5 s: rank 1 is at step 3 (rows) while the others are at step 3 (update)"
+    report = report_of(folder)
     lines = [line for line in text(outcomes).splitlines() if line.startswith("no progress")]
     assert len(lines) == 1, text(outcomes)
     assert lines[0].startswith(expected)
-    assert (folder / "ranks" / "hang.txt").read_text().startswith(expected)
+    assert lines[0].endswith("hangs/hang_0001.txt")
+    assert report.startswith(expected)
+    [event] = read_events(folder, ("hang",))
+    assert event["text"] == lines[0]
+    assert f"First behind: rank 1 ({PLACES[1]}) on {socket.gethostname()}, process " in report
+    # The rank that waits was stopped in the collective that the other has not entered, by its own stacks and by torch's record.
+    waiting = report.partition("# rank 0:")[2].partition("# rank ")[0]
+    assert re.search(r"test_watchdog\.py.* in run", waiting)
+    assert "rows of the step: books/row-3-0-0, books/row-3-0-1" in waiting
+    assert re.search(r"gloo:all_reduce no\. \d+ in 0 default_pg, sizes \[\[1\]\]", waiting)
+    if fault == "sleeps":
+        assert re.search(r"Group 0 default_pg, collective \d+ \(gloo:all_reduce\) was entered by rank 0; rank 1 at \d+", report)
+    if fault == "frozen":
+        assert "(stopped by a signal)" in report and "did not answer; try py-spy dump there" in report
+    else:
+        assert re.search(r"test_watchdog\.py.* in meet", report.partition("# rank 1:")[2])
+
+
+def report_of(folder: Path) -> str:
+    return (folder / "hangs" / "hang_0001.txt").read_text()
+
+
+def test_a_rank_is_behind_in_its_micro_batches(endings: dict[str, tuple[Path, list[Outcome]]]) -> None:
+    report = report_of(endings["hangs in its first row"][0])
+    assert report.startswith("no progress for 5 s: rank 1 is at step 3 (update) while the others are at step 3 (update)")
+    assert "step 3 (update), in micro-batch 1 of 2, row books/row-3-1-0" in report
+
+
+def test_reports_are_kept_by_number(tmp_path: Path) -> None:
+    for number in range(1, 25):
+        assert save_report(tmp_path, "text").name == f"hang_{number:04d}.txt"
+    assert sorted(path.name for path in (tmp_path / "hangs").iterdir()) == [f"hang_{n:04d}.txt" for n in range(5, 25)]
+
+
+def test_stages_of_a_pipeline_are_not_compared_by_micro_batches() -> None:
+    first = own_heartbeat(0, 4, "tensor 0, pipeline 0, context 0, data 0")
+    beats = [
+        replace(first, micro_batch=3),
+        replace(first, rank=1, micro_batch=3),
+        replace(first, rank=2, coordinates="tensor 0, pipeline 1, context 0, data 0", micro_batch=2),
+        replace(first, rank=3, coordinates="tensor 0, pipeline 1, context 0, data 1", micro_batch=1),
+    ]
+    assert [beat.rank for beat in first_behind(beats)] == [3]
+    assert [beat.rank for beat in first_behind(beats[:3])] == [0, 1, 2]
+    assert [beat.rank for beat in first_behind(beats, silent=[2])] == [2]
 
 
 @pytest.mark.parametrize("fault", ["sleeps", "holds the interpreter"])
@@ -125,7 +189,7 @@ def test_a_run_without_faults_ends_silently(endings: dict[str, tuple[Path, list[
     folder, outcomes = endings["none"]
     assert [outcome.exit_code for outcome in outcomes] == [0, 0], text(outcomes)
     assert "progress" not in text(outcomes)
-    assert not (folder / "ranks" / "hang.txt").exists()
+    assert not (folder / "ranks" / "hang.txt").exists() and not (folder / "hangs").exists()
 
 
 def test_a_rank_that_never_started_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""A fault that no restart repairs (configuration, data, checkpoint), noted so that no launcher and no batch script retries it.
+
+torchrun starts a failed group again whatever the reason. The rank that meets such a fault leaves a note for its launch; a
+restarted rank that finds it ends at once with the same line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from megatron_glmv.config.base import InputError
+from megatron_glmv.training.heartbeat import FOLDER
+from megatron_glmv.training.stop import is_first_rank, num_restarts
+
+_NOTE = "refused.json"
+
+
+def note_refusal(run_folder: Path, error: InputError) -> None:
+    """Leave the reason for the restarts of this launch, and for ``glmv status --exit-code``."""
+    note = {"launch": _launch(), "time": time.time(), "text": " ".join(str(error).split())}
+    path = run_folder / FOLDER / _NOTE
+    temporary = path.with_name(f"{_NOTE}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(note), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        return
+
+
+def read_refusal(run_folder: Path) -> str:
+    """Why the newest start cannot go on; empty when nothing says so."""
+    return str(_read(run_folder).get("text", ""))
+
+
+def repeat_refusal(run_folder: Path) -> None:
+    """End a restart of a launch that has met such a fault; at a new launch, forget the earlier one's.
+
+    Raises:
+        InputError: the earlier one's line.
+    """
+    if num_restarts():
+        note = _read(run_folder)
+        if note.get("launch") == _launch():
+            raise InputError(str(note["text"]))
+    elif is_first_rank():
+        (run_folder / FOLDER / _NOTE).unlink(missing_ok=True)
+
+
+def _launch() -> str:
+    """What all starts of one launch have in common."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def _read(run_folder: Path) -> dict[str, object]:
+    try:
+        note = json.loads((run_folder / FOLDER / _NOTE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}

@@ -1,0 +1,94 @@
+"""A run that is asked to stop, whose ranks die and are started again, or that no restart can repair: the real command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_glmv import cli
+from megatron_glmv.convert.checkpoint_folder import complete_folders
+from megatron_glmv.training.heartbeat import read_heartbeats
+from megatron_glmv.training.stop import StopRequest
+from tests.data.rows import write_rows
+from tests.stages import start_stage
+from tests.training.runs import config_file, events_of, heartbeat_of, steps_of, wait_for_event, wait_for_step
+
+PARALLEL = {"tensor": 1, "timeout_s": 60}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder, 23)
+    return folder
+
+
+def test_ranks_start_again_and_a_run_stops_on_request(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One run: a killed rank, `glmv stop` while it starts again, a left-over request, and a signal to one rank."""
+    run, file = tmp_path / "run", config_file(tmp_path, "run", data, parallel=PARALLEL, steps=100000)
+    process = start_stage("train", file, 2, "--restarts", "1")
+    wait_for_step(run, 6, process)
+    assert cli.main(["status", str(run), "--exit-code"]) == 3  # it runs
+    os.kill(heartbeat_of(run, 1).process, signal.SIGKILL)
+    wait_for_event(run, "start", 2, process)
+    assert cli.main(["stop", str(run)]) == 0
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    [fault] = events_of(run, "fault")
+    assert "rank 1 on " in fault["text"] and "was killed at step" in fault["text"]
+    [stop] = events_of(run, "stop")
+    assert list(complete_folders(run))[-1] == stop["step"] == max(steps_of(run))
+    assert [beat.failure for beat in read_heartbeats(run)] == ["stopped"] * 2
+    assert not (run / "stop").exists()
+    capsys.readouterr()
+    assert cli.main(["status", str(run), "--exit-code"]) == 3
+    said = capsys.readouterr().out
+    assert "stopped on request" in said and "restarts    1; the last began at step 4" in said and "faults      1;" in said
+    assert cli.main(["stop", str(run)]) == 1
+    assert "nothing runs there (it is stopped)" in capsys.readouterr().err
+
+    (run / "stop").touch()
+    os.utime(run / "stop", (time.time() - 60, time.time() - 60))
+    process = start_stage("train", file, 2)
+    wait_for_step(run, stop["step"] + 2, process)
+    os.kill(heartbeat_of(run, 1).process, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "a request from before this start" in output
+    assert events_of(run, "stop")[1]["step"] == list(complete_folders(run))[-1] > stop["step"] + 1
+    assert len(events_of(run, "fault")) == 1
+
+
+def test_what_no_restart_repairs_is_tried_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "data", 6)
+    shard = min((tmp_path / "data").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    file = config_file(tmp_path, "run", tmp_path / "data", parallel=PARALLEL)
+    process = start_stage("train", file, 1, "--restarts", "1")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    lines = [line for line in output.splitlines() if line.startswith("glmv: error:")]
+    assert len(lines) == 2 and len(set(lines)) == 1 and shard.name in lines[0], "each start says the same"
+    assert "Traceback" not in output
+    assert len(events_of(tmp_path / "run", "start")) <= 1, "the second did not even join"
+    (tmp_path / "run" / "config.yaml").touch()  # written after the data were opened
+    assert cli.main(["status", str(tmp_path / "run"), "--exit-code"]) == 1
+    assert f"cannot go on: {lines[0].partition('rank 0: ')[2]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("restarts", "age_s", "stays"),
+    [(0, 60, False), (0, -60, True), (1, 60, True)],
+    ids=["left over", "just asked", "restarted"],
+)
+def test_a_request_from_before_the_launch_is_not_for_it(tmp_path: Path, restarts: int, age_s: float, stays: bool) -> None:
+    (tmp_path / "stop").touch()
+    os.utime(tmp_path / "stop", (time.time() - age_s - 3600, time.time() - age_s - 3600) if age_s > 0 else None)
+    request = StopRequest(tmp_path, reads_file=True, restarts=restarts)
+    assert bool(request.leave_out_earlier()) != stays
+    assert request.is_requested() == stays
+    assert not StopRequest(tmp_path, reads_file=False).is_requested()
