@@ -10,10 +10,11 @@ import torch.distributed as dist
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import platform
+from megatron_glmv.parallel.mcore import hardware
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.flops import device_peak
-from megatron_glmv.training.job import run_job
+from megatron_glmv.training.job import fit_to_device, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
@@ -32,6 +33,7 @@ def run(config: TrainConfig) -> int:
     Raises:
         InputError: something that the user can repair: configuration, data or checkpoint.
     """
+    config = fit_to_device(config, hardware())
 
     def work(watchdog: Watchdog) -> None:
         with open_run(config, watchdog) as opened:
