@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from megatron_glmv.config.base import Config, ConfigError
 from megatron_glmv.config.model import ModelShape
@@ -173,8 +173,8 @@ class ParallelConfig(Config):
         )
 
 
-FP8_MULTIPLE = 16
-"""Tokens of an FP8 product come in multiples of this (Transformer Engine 2.11, pytorch/utils.py, `assert_dim_for_fp8_exec`)."""
+Recipe = Literal["off", "delayed", "current", "block"]
+"""How the scales of FP8 operands are found; off: bf16."""
 
 
 class PrecisionConfig(Config):
@@ -184,18 +184,41 @@ class PrecisionConfig(Config):
     """Weights and activations; bf16 keeps fp32 main copies in the optimizer (not in the paper)."""
     layers: Literal["auto", "te", "torch"] = "auto"
     """Layer spec: te = Transformer Engine, torch = plain torch; auto takes te on CUDA where it is installed."""
-    fp8_text: Literal["off", "delayed", "current", "block"] = "off"
-    """FP8 scaling recipe of the decoder's matrix products (te only; not in the paper)."""
-    fp8_vision: Literal["off", "delayed", "current", "block"] = "off"
-    """FP8 scaling recipe of the vision tower's matrix products (te only; not in the paper)."""
+    fp8_text: Recipe = "off"
+    """FP8 products in the decoder's layers (te only; not in the paper). delayed scales a tensor by its largest value in earlier
+    micro-batches, current by that of now, block every 128 activations and 128 x 128 weights apart. Where the device cannot, the
+    run says so in one line and goes on with current, or in bf16."""
+    fp8_vision: Recipe = "off"
+    """The same for the vision tower's layers and the merger's MLP."""
+    bf16_ends_text: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    """With fp8_text: so many first and last layers of the decoder compute in bf16 (not with delayed)."""
+    bf16_ends_vision: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
+    """The same for the vision tower."""
+
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether either tower computes in FP8."""
+        return self.fp8_text != "off" or self.fp8_vision != "off"
 
     @model_validator(mode="after")
     def _fp8_needs_te(self) -> PrecisionConfig:
-        if self.fp8_text != "off" or self.fp8_vision != "off":
+        if self.uses_fp8:
             if self.layers == "torch":
                 raise ValueError("fp8_text / fp8_vision: FP8 needs Transformer Engine; set layers to te or auto")
             if self.dtype != "bf16":
                 raise ValueError("fp8_text / fp8_vision: FP8 needs dtype bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_beside_fp8(self) -> PrecisionConfig:
+        for tower, recipe, ends in (
+            ("text", self.fp8_text, self.bf16_ends_text),
+            ("vision", self.fp8_vision, self.bf16_ends_vision),
+        ):
+            if any(ends) and recipe == "off":
+                raise ValueError(f"bf16_ends_{tower}: all layers compute in bf16 already; it needs fp8_{tower}")
+            if any(ends) and recipe == "delayed":
+                raise ValueError(f"bf16_ends_{tower}: delayed scaling takes all layers in FP8 or none; use current or block")
         return self
 
 

@@ -171,4 +171,10 @@ def _data_sizes(config: TrainConfig) -> str:
 def _precision(config: StageConfig) -> str:
     precision = config.precision
     layers = {"auto": "te on CUDA where it is installed, torch elsewhere", "te": "te", "torch": "torch"}[precision.layers]
-    return f"{precision.dtype}, layers: {layers}, fp8 text {precision.fp8_text}, fp8 vision {precision.fp8_vision}"
+    return f"{precision.dtype}, layers: {layers}, " + ", ".join(
+        f"fp8 {tower} {recipe}" + (f" (bf16 in the first {ends[0]} and last {ends[1]} layers)" if any(ends) else "")
+        for tower, recipe, ends in (
+            ("text", precision.fp8_text, precision.bf16_ends_text),
+            ("vision", precision.fp8_vision, precision.bf16_ends_vision),
+        )
+    )

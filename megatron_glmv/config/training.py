@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from megatron_glmv.config.base import Config, ConfigError
 from megatron_glmv.config.data import DataConfig
+from megatron_glmv.config.fp8 import check_fp8, row_multiple
 from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.config.parallel import FP8_MULTIPLE, ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 
 
 class OptimizerConfig(Config):
@@ -193,13 +194,14 @@ class StageConfig(Config):
                 )
         length, layout = self.sequence_length, self.parallel
         unit = layout.row_alignment * (layout.tensor if layout.sequence_parallel else 1)
-        if self.precision.fp8_text != "off":
-            unit = math.lcm(unit, FP8_MULTIPLE * layout.context)
+        unit = math.lcm(unit, row_multiple(self.precision, layout))
         if length % unit:
+            fp8 = f" with fp8_text {self.precision.fp8_text}" if self.precision.fp8_text != "off" else ""
             raise ConfigError(
                 f"{self.length_key}: {length} is not a multiple of {unit}, which context {layout.context} and tensor "
-                f"{layout.tensor} need; use {length // unit * unit or unit}"
+                f"{layout.tensor}{fp8} need; use {length // unit * unit or unit}"
             )
+        check_fp8(shape, layout, self.precision)
         if length > shape.text.max_positions:
             raise ConfigError(f"{self.length_key}: {length} is longer than the model's {shape.text.max_positions} positions")
 

@@ -42,7 +42,7 @@ class RotarySelfAttention(SelfAttention):
 
         Args:
             hidden_states: [S, 1, hidden] (a tensor rank's part of it under sequence parallelism).
-            rotary_pos_emb: [2, S, 1, f] float32 cosine and sine.
+            rotary_pos_emb: what the layer spec's `Rotation` has prepared of the angles.
             packed_seq_params: the segments.
 
         Returns:

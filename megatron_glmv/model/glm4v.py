@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch import Tensor
 
+from megatron_glmv.config.fp8 import usable_precision
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_glmv.model.entropy import vocab_parallel_entropy
@@ -29,7 +30,7 @@ from megatron_glmv.model.layers import mark_tensor_parallel
 from megatron_glmv.model.projector import VisionProjection
 from megatron_glmv.model.text import TextModel
 from megatron_glmv.model.vision import VisionModel
-from megatron_glmv.parallel.mcore import layer_kind, merger_config, text_config, vision_config
+from megatron_glmv.parallel.mcore import fuses_gradients, hardware, layer_kind, merger_config, text_config, vision_config
 
 PARTS = {"vision": "vision_model", "merger": "vision_projection", "text": "language_model"}
 """The configuration's names of the model's parts, and the modules that hold them."""
@@ -72,6 +73,15 @@ class Glm4vModel(MegatronModule):
         """Megatron's schedule hands over the previous stage's output here."""
         single = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language_model.decoder.set_input_tensor(single)
+
+    def set_is_first_microbatch(self) -> None:
+        """Have the FP8 copies of weights made anew in the next forward pass; they are kept for the micro-batches of a step.
+
+        Megatron's schedule asks the model, which answers by the decoder's configuration; the towers have recipes of their own.
+        """
+        for part in PARTS.values():
+            if hasattr(self, part):
+                getattr(self, part).set_is_first_microbatch()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -151,10 +161,16 @@ class Glm4vModel(MegatronModule):
 
 
 def share_gradients(*modules: MegatronModule) -> None:
-    """Have Megatron average the gradients of modules over tensor ranks that have each encoded other frames of the same rows."""
+    """Have Megatron average the gradients of modules over tensor ranks that have each encoded other frames of the same rows.
+
+    Transformer Engine marks every weight of a column- or row-parallel layer as a share, also where one rank holds all of it;
+    the gradient norm would count it once for every tensor rank.
+    """
     for module in modules:
         for parameter in module.parameters():
             parameter.average_gradients_across_tp_domain = True
+            if getattr(parameter, "tensor_model_parallel", False):
+                parameter.tensor_model_parallel = False
 
 
 def build_model(
@@ -165,16 +181,30 @@ def build_model(
     *,
     megatron: dict[str, Any] | None = None,
     freeze: Sequence[str] = (),
+    accumulates: bool = False,
 ) -> list[Glm4vModel]:
     """Build this rank's model: one chunk, or one for each virtual pipeline stage.
+
+    Args:
+        shape: the model's numbers.
+        parallel: the layout.
+        precision: number formats; FP8 that the device does not have is left out.
+        recompute: activation recomputation.
+        megatron: the user's own fields of the decoder's configuration.
+        freeze: parts that do not learn.
+        accumulates: the model will train under Megatron's DDP, to whose gradients products can add directly.
 
     Raises:
         ConfigError: Transformer Engine is asked for where it cannot run, or a Megatron field is refused.
     """
     kind = layer_kind(precision)
+    precision = usable_precision(precision, hardware()).precision
     config = text_config(shape, parallel, precision, recompute, megatron)
     vision = vision_config(shape, parallel, precision, recompute)
     merger = merger_config(shape, parallel, precision)
+    if accumulates and fuses_gradients(kind) and "gradient_accumulation_fusion" not in (megatron or {}):
+        for fused in (config, vision, merger):
+            fused.gradient_accumulation_fusion = True
     chunks = []
     for chunk in range(parallel.virtual_pipeline):
         vp_stage = chunk if parallel.virtual_pipeline > 1 else None

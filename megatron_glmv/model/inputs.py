@@ -14,6 +14,7 @@ from megatron_glmv.sequence.cost import deal_frames
 from megatron_glmv.sequence.packed import PackedSequence
 from megatron_glmv.sequence.patches import join_frames
 from megatron_glmv.sequence.shard import context_indices
+from megatron_glmv.sequence.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def make_inputs(
     merged_multiple: int = 1,
     share: FrameShare = FrameShare(),
 ) -> ModelInputs:
-    """Cut one row for one rank.
+    """Cut one row for one rank; nothing here waits for a device.
 
     Args:
         row: the whole row; its patches are needed with `with_vision`.
@@ -88,15 +89,15 @@ def make_inputs(
         context: ranks that share the row's tokens.
         context_rank: this rank among them.
         with_vision: whether this rank runs the vision tower.
-        merged_multiple: a tensor rank's merged tokens are padded to a multiple of this; FP8 products need 16.
+        merged_multiple: a tensor rank's merged tokens are padded to a multiple of this (config/fp8.py, `merged_multiple`).
         share: which of the row's frames this rank encodes.
     """
     local = context_indices(row.document_lengths, context, context_rank)
     return ModelInputs(
-        tokens=row.tokens[local].unsqueeze(0).to(device),
-        labels=row.labels[local].unsqueeze(0).to(device),
-        loss_weights=row.loss_weights[local].unsqueeze(0).to(device),
-        positions=row.positions[:, local].to(device),
+        tokens=to_device(row.tokens[local].unsqueeze(0), device),
+        labels=to_device(row.labels[local].unsqueeze(0), device),
+        loss_weights=to_device(row.loss_weights[local].unsqueeze(0), device),
+        positions=to_device(row.positions[:, local], device),
         segments=make_segments(row.document_lengths, device, context, context_rank),
         vision=_vision_inputs(row, shape, device, tensor * merged_multiple, local, share) if with_vision else None,
     )
@@ -128,10 +129,10 @@ def _vision_inputs(
     token_index = torch.nonzero(features >= 0).flatten()
     return VisionInputs(
         patches=patches,
-        coordinates=frame_coordinates(frames, merge).to(device),
+        coordinates=to_device(frame_coordinates(frames, merge), device),
         segments=make_segments([rows * columns for rows, columns in frames], device),
-        feature_index=features[token_index].to(device),
-        token_index=token_index.to(device),
+        feature_index=to_device(features[token_index], device),
+        token_index=to_device(token_index, device),
         num_shared=max(padded) if share.num_ranks > 1 else 0,
     )
 
@@ -145,7 +146,7 @@ def _own_patches(row: PackedSequence, shape: ModelShape, device: torch.device, s
     """The patches of some of the row's frames, in order, on the device."""
     if row.patches is None:
         return torch.empty(0, shape.vision.patch_dim, dtype=torch.uint8, device=device)
-    patches = row.patches.to(device, non_blocking=True)
+    patches = to_device(row.patches, device)
     if row.moving is not None:
         patches = join_frames(patches, row.frames, row.moving)
     if len(own) == len(sizes):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 
-def text_rotary(positions: Tensor, base: float, rotary_dim: int, section: Sequence[int]) -> Tensor:
-    """Cosine and sine for the decoder's partial, three-axis rotation.
+def text_angles(positions: Tensor, base: float, rotary_dim: int, section: Sequence[int]) -> Tensor:
+    """Angles of the decoder's partial, three-axis rotation.
 
     Args:
         positions: [3, S] int64, time / row / column.
@@ -25,17 +25,22 @@ def text_rotary(positions: Tensor, base: float, rotary_dim: int, section: Sequen
         section: frequencies of each axis; they sum to f.
 
     Returns:
-        [2, S, 1, f] float32: cosine, sine.
+        [S, f] float32.
     """
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
     frequencies = 1.0 / base**exponent
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(positions.device)
-    angles = positions.to(torch.float32)[axis].t() * frequencies
-    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+    return positions.to(torch.float32)[_axes(tuple(section), positions.device)].t() * frequencies
 
 
-def vision_rotary(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
-    """Cosine and sine for the ViT's rotation by patch row and column.
+@lru_cache
+def _axes(section: tuple[int, ...], device: torch.device) -> Tensor:
+    """[f] int64: the axis that each frequency follows, put on the device once."""
+    with torch.inference_mode(False):
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
+
+
+def vision_angles(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
+    """Angles of the ViT's rotation by patch row and column.
 
     Args:
         rows: [N] int64, patch row within its frame.
@@ -43,13 +48,27 @@ def vision_rotary(rows: Tensor, columns: Tensor, head_dim: int) -> Tensor:
         head_dim: channels of a head; half of the head_dim / 2 angles follow rows, half columns.
 
     Returns:
-        [2, N, 1, head_dim / 2] float32: cosine, sine.
+        [N, head_dim / 2] float32.
     """
     half = head_dim // 2
     exponent = torch.arange(0, half, 2, device=rows.device, dtype=torch.float32) / half
     frequencies = 1.0 / 10000.0**exponent
-    angles = torch.cat((rows[:, None].float() * frequencies, columns[:, None].float() * frequencies), dim=1)
+    return torch.cat((rows[:, None].float() * frequencies, columns[:, None].float() * frequencies), dim=1)
+
+
+def cos_sin_of(angles: Tensor) -> Tensor:
+    """[S, f] -> [2, S, 1, f]: cosine, sine, for `rotate_pairs` and `rotate_halves`."""
     return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+
+
+def angles_of_pairs(angles: Tensor) -> Tensor:
+    """[S, f] -> [S, 1, 1, 2f]: the angle of every rotated channel, for Transformer Engine's interleaved rotation."""
+    return angles.repeat_interleave(2, dim=1)[:, None, None]
+
+
+def angles_of_halves(angles: Tensor) -> Tensor:
+    """[S, f] -> [S, 1, 1, 2f]: the same, for its rotation of channels half a head apart."""
+    return torch.cat((angles, angles), dim=1)[:, None, None]
 
 
 def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vVisionModel.d
 from __future__ import annotations
 
 import torch.nn.functional as F
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
@@ -43,4 +44,6 @@ class VisionProjection(MegatronModule):
         """[n, 1, D] -> [v, 1, O]."""
         blocks = hidden.view(-1, self.block, hidden.size(-1)).transpose(1, 2).flatten(1)
         merged = self.proj(self.downsample(blocks))
-        return self.mlp(F.gelu(self.norm(merged)).unsqueeze(1))[0]
+        activated = F.gelu(self.norm(merged)).unsqueeze(1)
+        with get_fp8_context(self.config):  # a TransformerBlock enters it by itself; without FP8 it does nothing
+            return self.mlp(activated)[0]

@@ -1,25 +1,34 @@
 """Two layer specs with equal parameter names: ``te`` (Transformer Engine) and ``torch`` (plain torch, any device).
 
-The ``te`` spec fuses norm and product, runs all segments of a row in one variable-length attention, and computes in FP8
-where the configuration says so. The ``torch`` spec computes the same function with SDPA per segment length.
+The ``te`` spec fuses norm and product, rotates in one kernel, runs all segments of a row in one variable-length attention, and
+computes in FP8 where the configuration says so. The ``torch`` spec computes the same function with SDPA per segment length.
+
+Source: megatron-core 0.16.1, extensions/transformer_engine.py; Transformer Engine 2.11, pytorch/attention (thd layout: masks of
+the padding kinds, cumulative lengths of whole rows also under context parallelism, whose chunks are cut as sequence/shard.py
+cuts them) and common/fused_rope/fused_rope.cu (an angle for every channel, computed in fp32).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from megatron_glmv.model.attention import RotarySelfAttention, SegmentAttention
 from megatron_glmv.model.layers import NormColumnParallelLinear, SandwichLayer, SandwichLayerSubmodules, add_residual
 from megatron_glmv.model.norm import RMSNorm
-from megatron_glmv.model.position import rotate_halves, rotate_pairs
+from megatron_glmv.model.position import angles_of_halves, angles_of_pairs, cos_sin_of, rotate_halves, rotate_pairs
 from megatron_glmv.parallel.mcore import HAVE_TE
 
 if HAVE_TE:
@@ -29,7 +38,34 @@ if HAVE_TE:
         TELayerNormColumnParallelLinear,
         TENorm,
         TERowParallelLinear,
+        fused_apply_rotary_pos_emb,
+        te_parallel_cross_entropy,
     )
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How one kind of spec rotates queries and keys.
+
+    Attributes:
+        prepare: [S, f] float32 angles to what `rotate` takes, once a row.
+        rotate: ([S, 1, heads, head_dim], what was prepared) to the same shape, in every layer.
+    """
+
+    prepare: Callable[[Tensor], Tensor]
+    rotate: Callable[[Tensor, Tensor], Tensor]
+
+
+def text_rotation(kind: str) -> Rotation:
+    """The decoder's: channels (2i, 2i+1) of the rotated part."""
+    if kind == "te":
+        return Rotation(angles_of_pairs, partial(fused_apply_rotary_pos_emb, interleaved=True))
+    return Rotation(cos_sin_of, rotate_pairs)
+
+
+def vision_rotation(kind: str) -> Rotation:
+    """The ViT's: channels (i, i + head_dim / 2)."""
+    return Rotation(angles_of_halves, fused_apply_rotary_pos_emb) if kind == "te" else Rotation(cos_sin_of, rotate_halves)
 
 
 class Parts:
@@ -66,7 +102,7 @@ def text_layer(kind: str) -> ModuleSpec:
     return ModuleSpec(
         module=SandwichLayer,
         submodules=SandwichLayerSubmodules(
-            self_attention=parts.attention(parts.causal, rotate_pairs),
+            self_attention=parts.attention(parts.causal, text_rotation(kind).rotate),
             self_attn_bda=add_residual,
             mlp=parts.mlp(),
             mlp_bda=add_residual,
@@ -82,7 +118,7 @@ def vision_layer(kind: str) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            self_attention=parts.attention(parts.full, rotate_halves),
+            self_attention=parts.attention(parts.full, vision_rotation(kind).rotate),
             self_attn_bda=add_residual,
             mlp=parts.mlp(),
             mlp_bda=add_residual,
@@ -100,3 +136,13 @@ def merger_mlp(kind: str) -> MLPSubmodules:
     if kind == "te":
         return MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
     return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def token_cross_entropy(kind: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Of each token: [S, 1, V / tensor ranks] logits, which it may overwrite, and [S, 1] labels to [S, 1] float32."""
+    if kind == "te":
+        # It reads the logits as they are, where Megatron's needs them in float32. Capturable: without a comparison of the
+        # gradient with 1, for which the processor would wait for the device.
+        group = parallel_state.get_tensor_model_parallel_group()
+        return lambda logits, labels: te_parallel_cross_entropy(logits, labels, group, is_cg_capturable=True)
+    return lambda logits, labels: vocab_parallel_cross_entropy(logits.float(), labels)

@@ -7,9 +7,11 @@ Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vTextModel`.
 
 from __future__ import annotations
 
+import copy
+
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from megatron_glmv.config.model import TextShape
 from megatron_glmv.model.inputs import ModelInputs
-from megatron_glmv.model.position import text_rotary
-from megatron_glmv.model.specs import block, text_layer
+from megatron_glmv.model.position import text_angles
+from megatron_glmv.model.specs import block, text_layer, text_rotation, token_cross_entropy
+from megatron_glmv.parallel.mcore import HAVE_APEX
 
 
 class TextModel(MegatronModule):
@@ -36,7 +39,7 @@ class TextModel(MegatronModule):
         num_layers: int,
     ) -> None:
         super().__init__(config)
-        self.shape = shape
+        self.shape, self.rotation, self.cross_entropy = shape, text_rotation(kind), token_cross_entropy(kind)
         group = parallel_state.get_tensor_model_parallel_group()
         if pre_process:
             # Not scattered over tensor ranks yet: the pictures' features are laid over the whole row first.
@@ -56,10 +59,13 @@ class TextModel(MegatronModule):
             vp_stage=vp_stage,
         )
         if post_process:
+            # Megatron's own layer in both specs: in bf16, and fusing its gradient with apex's extension alone.
+            head = copy.copy(config)
+            head.gradient_accumulation_fusion = config.gradient_accumulation_fusion and HAVE_APEX
             self.output_layer = ColumnParallelLinear(
                 shape.hidden_size,
                 shape.vocab_size,
-                config=config,
+                config=head,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -72,7 +78,9 @@ class TextModel(MegatronModule):
 
     def forward(self, hidden: Tensor | None, inputs: ModelInputs) -> Tensor:
         """Run this stage's layers; `hidden` is [s, 1, h] on the first stage and ignored on others."""
-        rotary = text_rotary(inputs.positions, self.shape.rotary_base, self.shape.rotary_dim, self.shape.mrope_section)
+        shape = self.shape
+        angles = text_angles(inputs.positions, shape.rotary_base, shape.rotary_dim, shape.mrope_section)
+        rotary = self.rotation.prepare(angles)
         return self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=inputs.segments)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -80,5 +88,5 @@ class TextModel(MegatronModule):
         return self.output_layer(hidden)[0]
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of every token: [S, 1, V / tensor ranks], [1, S] -> [1, S] float32."""
-        return vocab_parallel_cross_entropy(logits.float(), labels.t().contiguous()).t()
+        """Cross-entropy of every token, which may overwrite the logits: [S, 1, V / tensor ranks], [1, S] -> [1, S] float32."""
+        return self.cross_entropy(logits, labels.t().contiguous()).t()

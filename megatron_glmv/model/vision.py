@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from megatron_glmv.config.model import VisionShape
 from megatron_glmv.model.inputs import VisionInputs
 from megatron_glmv.model.norm import RMSNorm
-from megatron_glmv.model.position import table_weights, vision_rotary
-from megatron_glmv.model.specs import block, vision_layer
+from megatron_glmv.model.position import table_weights, vision_angles
+from megatron_glmv.model.specs import block, vision_layer, vision_rotation
 from megatron_glmv.parallel import platform
 from megatron_glmv.sequence.patches import normalize_patches
 
@@ -52,7 +52,7 @@ class VisionModel(MegatronModule):
     def __init__(self, config: TransformerConfig, shape: VisionShape, kind: str) -> None:
         super().__init__(config)
         groups = vision_groups(config)
-        self.shape = shape
+        self.shape, self.rotation = shape, vision_rotation(kind)
         options = {"dtype": config.params_dtype, "device": platform.device()}
         self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden_size, **options)
         self.position_embedding = nn.Embedding(shape.position_grid**2, shape.hidden_size, **options)
@@ -70,5 +70,5 @@ class VisionModel(MegatronModule):
         hidden = self.post_conv_layernorm(self.patch_embed(patches.to(dtype)))
         weights = table_weights(tensor_share(inputs.coordinates.t(), self.config).t(), self.shape.position_grid)
         hidden = hidden + (weights @ self.position_embedding.weight.float()).to(dtype)
-        rotary = vision_rotary(inputs.coordinates[0], inputs.coordinates[1], self.shape.head_dim)
+        rotary = self.rotation.prepare(vision_angles(inputs.coordinates[0], inputs.coordinates[1], self.shape.head_dim))
         return self.decoder(hidden.unsqueeze(1), attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=inputs.segments)

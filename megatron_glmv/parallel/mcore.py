@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.transformer import TransformerConfig
 
 from megatron_glmv.config.base import ConfigError
+from megatron_glmv.config.fp8 import Hardware, usable_precision
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_glmv.parallel import platform
@@ -21,25 +23,47 @@ try:
 except ImportError:
     HAVE_TE = False
 
-FP8_RECIPES = {"delayed": "delayed", "current": "tensorwise", "block": "blockwise"}
-"""Our recipe names to Megatron's `fp8_recipe`."""
+FP8_FIELDS = {
+    "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed"},
+    "current": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "block": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
+"""Our recipes as Megatron's fields. hybrid takes e5m2, with its wider range, for gradients; blocks are narrow enough for e4m3
+everywhere, which is Transformer Engine's own choice for them."""
+HAVE_APEX = bool(megatron_layers._grad_accum_fusion_available)
+"""Whether Megatron's own linear layers can add a weight's gradient to the accumulated one within the product."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def hardware() -> Hardware:
+    """What this rank's device can do."""
+    cuda = torch.version.cuda
+    return Hardware(
+        name=platform.device_name(),
+        capability=torch.cuda.get_device_capability() if platform.has_cuda() else None,
+        cuda=(int(cuda.split(".")[0]), int(cuda.split(".")[1])) if cuda else None,
+        has_te=HAVE_TE,
+    )
 
 
 def layer_kind(precision: PrecisionConfig) -> str:
     """Which layer spec to use: ``te`` or ``torch``.
 
     Raises:
-        ConfigError: Transformer Engine is asked for (directly or by FP8) and cannot run here.
+        ConfigError: Transformer Engine is asked for by name and cannot run here.
     """
-    usable = HAVE_TE and platform.has_cuda()
-    wants_fp8 = precision.fp8_text != "off" or precision.fp8_vision != "off"
-    if not usable and (precision.layers == "te" or wants_fp8):
-        key = "precision.layers" if precision.layers == "te" else "precision.fp8_text / fp8_vision"
-        raise ConfigError(f"{key}: Transformer Engine needs a CUDA device and the package; install the gpu extra or use torch")
+    usable_precision(precision, hardware())
     if precision.layers == "auto":
-        return "te" if usable else "torch"
+        return "te" if HAVE_TE and platform.has_cuda() else "torch"
     return precision.layers
+
+
+def fuses_gradients(kind: str) -> bool:
+    """Whether the linear layers of this spec can add a weight's gradient to the accumulated one within the product.
+
+    Transformer Engine's do by themselves; Megatron's own need apex's extension. Only under Megatron's DDP, which holds the sum.
+    """
+    return platform.has_cuda() and (kind == "te" or HAVE_APEX)
 
 
 def text_config(
@@ -75,7 +99,8 @@ def text_config(
         batch_p2p_comm=not overlaps_sends,
         overlap_p2p_comm=overlaps_sends,
         deallocate_pipeline_outputs=True,
-        **_common(parallel, precision, precision.fp8_text, parallel.tensor),
+        **_common(parallel, precision, parallel.tensor),
+        **_fp8(precision.fp8_text, precision.bf16_ends_text),
         **_recompute(recompute.text),
     )
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
@@ -102,7 +127,8 @@ def vision_config(
         add_qkv_bias=False,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,
-        **_common(parallel, precision, precision.fp8_vision, parallel.vision_tensor),
+        **_common(parallel, precision, parallel.vision_tensor),
+        **_fp8(precision.fp8_vision, precision.bf16_ends_vision),
         **_recompute(recompute.vision),
     )
 
@@ -120,7 +146,8 @@ def merger_config(shape: ModelShape, parallel: ParallelConfig, precision: Precis
         add_qkv_bias=False,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,
-        **_common(parallel, precision, precision.fp8_vision, parallel.vision_tensor),
+        **_common(parallel, precision, parallel.vision_tensor),
+        **_fp8(precision.fp8_vision),
     )
 
 
@@ -135,10 +162,10 @@ def _split(parallel: ParallelConfig, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str, tensor: int) -> dict[str, Any]:
+def _common(parallel: ParallelConfig, precision: PrecisionConfig, tensor: int) -> dict[str, Any]:
     """Fields that both towers share; `tensor` ranks share the matrices."""
     dtype = DTYPES[precision.dtype]
-    fields: dict[str, Any] = {
+    return {
         "tensor_model_parallel_size": tensor,
         "sequence_parallel": parallel.sequence_parallel and tensor > 1,
         "params_dtype": dtype,
@@ -156,9 +183,15 @@ def _common(parallel: ParallelConfig, precision: PrecisionConfig, fp8: str, tens
         "calculate_per_token_loss": True,
         "perform_initialization": False,
     }
-    if fp8 != "off":
-        fields |= {"fp8": "hybrid", "fp8_recipe": FP8_RECIPES[fp8]}
-    return fields
+
+
+def _fp8(recipe: str, bf16_ends: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    """Fields of one tower's FP8 recipe; of the amax of delayed scaling, Megatron's defaults stay (a history of one)."""
+    if recipe == "off":
+        return {}
+    first, last = bf16_ends
+    ends = {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": first, "num_layers_at_end_in_bf16": last}
+    return FP8_FIELDS[recipe] | (ends if first or last else {})
 
 
 def _recompute(kind: str) -> dict[str, Any]:

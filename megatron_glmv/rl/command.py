@@ -17,6 +17,7 @@ from megatron_glmv.convert.checkpoint_folder import CheckpointError, find, lates
 from megatron_glmv.convert.processor import find_processor
 from megatron_glmv.data.chat import Chat, ProcessorError
 from megatron_glmv.parallel import platform
+from megatron_glmv.parallel.mcore import hardware
 from megatron_glmv.rl.curriculum import Curriculum
 from megatron_glmv.rl.engines.embedded import EmbeddedEngine
 from megatron_glmv.rl.engines.engine import Engine, Sampling
@@ -32,7 +33,7 @@ from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
-from megatron_glmv.training.job import Job, run_job
+from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE, Recorder
@@ -52,6 +53,7 @@ def run(config: RlConfig) -> int:
     Raises:
         InputError: something that the user can repair: configuration, prompts, checkpoint, engine or judge.
     """
+    config = fit_to_device(config, hardware())
 
     def work(job: Job) -> bool:
         with open_run(config, job) as opened:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_glmv.config.rl import AlgorithmConfig
+from megatron_glmv.sequence.transfer import to_device
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are cut to this size before exp; any clipping has long set in, and float32 does not overflow."""
@@ -68,7 +69,9 @@ class PolicyTerms:
     def at(self, index: Tensor, device: torch.device | str = "cpu") -> PolicyTerms:
         """The part of a context rank: [1, len(index)] tensors on `device`; index is of `sequence.shard.context_indices`."""
         tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return PolicyTerms(**{name: tensor.reshape(-1)[index].unsqueeze(0).to(device) for name, tensor in tensors.items()})
+        return PolicyTerms(
+            **{name: to_device(tensor.reshape(-1)[index].unsqueeze(0), device) for name, tensor in tensors.items()}
+        )
 
     def with_old(self, old_logprobs: Tensor) -> PolicyTerms:
         """The same with other old log-probabilities."""

@@ -9,8 +9,12 @@ Source: transformers 5.23.0, models/glm4v/image_processing_glm4v.py (`_preproces
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+from megatron_glmv.sequence.transfer import to_device
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -88,7 +92,7 @@ def join_frames(patches: Tensor, frames: Tensor, moving: Tensor) -> Tensor:
     inside = torch.arange(int(sizes.sum())) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     first = torch.repeat_interleave(flat.cumsum(0) - flat, sizes) + inside
     second = first + torch.repeat_interleave(sizes * moving.long(), sizes)
-    pairs = patches[torch.stack((first, second), dim=1).to(patches.device)]
+    pairs = patches[to_device(torch.stack((first, second), dim=1), patches.device)]
     channels, width = len(CLIP_MEAN), patches.shape[1]
     return pairs.view(len(first), 2, width // channels, channels).permute(0, 3, 1, 2).reshape(len(first), 2 * width)
 
@@ -106,7 +110,14 @@ def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:
         [N, the same], `dtype`.
     """
     channels = len(CLIP_MEAN)
-    mean = (torch.tensor(CLIP_MEAN, device=patches.device) * 255.0).view(1, channels, 1)
-    std = (torch.tensor(CLIP_STD, device=patches.device) * 255.0).view(1, channels, 1)
+    mean, std = _mean_and_deviation(patches.device)
     values = patches.to(torch.float32).view(len(patches), channels, patches.shape[1] // channels)
     return values.sub_(mean).div_(std).view(patches.shape).to(dtype)
+
+
+@lru_cache
+def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """[1, 3, 1] float32 each, in grey levels, put on the device once."""
+    with torch.inference_mode(False):
+        mean, std = ((torch.tensor(values, device=device) * 255.0).view(1, -1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return mean, std

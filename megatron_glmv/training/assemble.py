@@ -53,6 +53,7 @@ def assemble_model(config: StageConfig) -> list[Glm4vModel]:
         config.recompute,
         megatron=config.megatron,
         freeze=config.model.freeze,
+        accumulates=True,
     )
     if config.model.lora is not None:
         attach_adapters(models, adapter_plans(config.model.lora, config.model.shape), config.model.lora)

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import platform
+from megatron_glmv.parallel.mcore import hardware
 from megatron_glmv.plan.devices import device_peak
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.guard import Guard
-from megatron_glmv.training.job import Job, run_job
+from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
@@ -33,6 +34,7 @@ def run(config: TrainConfig) -> int:
     Raises:
         InputError: something that the user can repair: configuration, data or checkpoint.
     """
+    config = fit_to_device(config, hardware())
 
     def work(job: Job) -> bool:
         with open_run(config, job) as opened:

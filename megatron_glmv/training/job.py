@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_glmv.config.base import InputError
+from megatron_glmv.config.fp8 import Hardware, usable_precision
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.parallel import groups
 from megatron_glmv.training.events import EventLog
@@ -18,6 +21,21 @@ from megatron_glmv.training.refusal import note_refusal, repeat_refusal
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.stop import StopRequest, is_first_rank, num_restarts
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
+
+Stage = TypeVar("Stage", bound=StageConfig)
+
+
+def fit_to_device(config: Stage, hardware: Hardware) -> Stage:
+    """The configuration with the FP8 recipes that this device has; the first rank says in one line what it does otherwise.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for by name and cannot run here.
+    """
+    precision, notes = usable_precision(config.precision, hardware)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for note in notes:
+            print(f"glmv: warning: {note}", file=sys.stderr, flush=True)
+    return config.model_copy(update={"precision": precision})
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_glmv.config.fp8 import merged_multiple
 from megatron_glmv.config.model import ModelShape, Part
-from megatron_glmv.config.parallel import FP8_MULTIPLE
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.glm4v import Glm4vModel
@@ -23,6 +23,7 @@ from megatron_glmv.parallel import groups, platform
 from megatron_glmv.plan.flops import Flops, row_flops
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
+from megatron_glmv.sequence.transfer import to_device
 from megatron_glmv.training.agreement import Agreement
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.guard import Guard
@@ -128,6 +129,8 @@ def run_schedule(
         weighted losses, and number of trained tokens.
     """
     num_chunks = len(assembly.chunks)
+    for model in assembly.models:
+        model.set_is_first_microbatch()
     iterators = [_begin_rows(assembly, rows), *(iter(rows) for _ in range(num_chunks - 1))]
     return get_forward_backward_func()(
         forward_step_func=forward_step or partial(_forward_step, assembly.config),
@@ -177,7 +180,7 @@ def chunk_inputs(config: StageConfig, row: PackedSequence, model: Glm4vModel) ->
         context=parallel_state.get_context_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         with_vision=model.pre_process,
-        merged_multiple=FP8_MULTIPLE if config.precision.fp8_vision != "off" else 1,
+        merged_multiple=merged_multiple(config.precision, config.parallel),
         share=FrameShare(*groups.place_among_vision_ranks()) if config.parallel.vision == "images" else FrameShare(),
     )
 
@@ -191,8 +194,8 @@ def _shared_patches(row: PackedSequence, shape: ModelShape) -> Tensor | None:
         size = (row.num_patches, shape.vision.patch_dim)
         if row.moving is not None:
             size = (num_flat_patches(row.frames, row.moving), size[1] // shape.vision.temporal_patch_size)
-        patches = torch.empty(size, dtype=torch.uint8)
-    patches = patches.to(platform.device(), non_blocking=True)
+        patches = torch.empty(size, dtype=torch.uint8, device=platform.device())
+    patches = to_device(patches, platform.device())
     groups.broadcast_patches(patches)
     return patches
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_glmv.training.flops import forward_flops
 
 from megatron_glmv.config.data import DataConfig, SourceConfig
 from megatron_glmv.data import row_media
@@ -24,6 +23,7 @@ from megatron_glmv.data.loader import DataError, RowStream, StepRows
 from megatron_glmv.data.media import Clip, Picture
 from megatron_glmv.data.shards import ShardReader
 from megatron_glmv.data.video_frames import EncodedVideo, VideoDecoder
+from megatron_glmv.plan.flops import forward_flops
 from megatron_glmv.sequence.packed import RowError, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
 from tests.data import rows as rows_module

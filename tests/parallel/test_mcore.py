@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 
 from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
+from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import platform
-from megatron_glmv.parallel.mcore import layer_kind, text_config
+from megatron_glmv.parallel.mcore import hardware, layer_kind, merger_config, text_config, vision_config
+from megatron_glmv.training.job import fit_to_device
 
 SHAPE = ModelConfig(preset="digits").shape
 FP32 = PrecisionConfig(dtype="fp32")
@@ -31,7 +34,53 @@ def test_a_megatron_field_passes_through_and_an_unknown_one_is_refused() -> None
 
 
 @on_cpu
-@pytest.mark.parametrize("precision", [{"layers": "te"}, {"fp8_text": "delayed"}])
-def test_transformer_engine_without_a_device_is_one_line(precision: dict[str, str]) -> None:
+def test_transformer_engine_without_a_device_is_one_line() -> None:
     with pytest.raises(ConfigError, match="Transformer Engine needs a CUDA device"):
-        layer_kind(PrecisionConfig(**precision))
+        layer_kind(PrecisionConfig(layers="te"))
+    assert layer_kind(PrecisionConfig(fp8_text="delayed")) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields"),
+    [("delayed", ("hybrid", "delayed")), ("current", ("hybrid", "tensorwise")), ("block", ("e4m3", "blockwise"))],
+)
+def test_recipes_are_megatrons_and_each_tower_has_its_own(recipe: str, fields: tuple[str, str]) -> None:
+    ends = (0, 0) if recipe == "delayed" else (1, 2)
+    text = PrecisionConfig(fp8_text=recipe, bf16_ends_text=ends)
+    decoder = text_config(SHAPE, ParallelConfig(), text, RecomputeConfig())
+    assert (decoder.fp8, decoder.fp8_recipe) == fields
+    assert decoder.first_last_layers_bf16 == any(ends)
+    if any(ends):
+        assert (decoder.num_layers_at_start_in_bf16, decoder.num_layers_at_end_in_bf16) == ends
+        assert [is_first_last_bf16_layer(decoder, layer) for layer in range(4)] == [True, False, True, True]
+    assert vision_config(SHAPE, ParallelConfig(), text, RecomputeConfig()).fp8 is None
+    vision = PrecisionConfig(fp8_vision=recipe)
+    assert text_config(SHAPE, ParallelConfig(), vision, RecomputeConfig()).fp8 is None
+    for tower in (
+        vision_config(SHAPE, ParallelConfig(), vision, RecomputeConfig()),
+        merger_config(SHAPE, ParallelConfig(), vision),
+    ):
+        assert (tower.fp8, tower.fp8_recipe) == fields
+
+
+@on_cpu
+def test_the_run_goes_on_in_bf16_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig.model_validate(
+        {
+            "run_folder": "unused",
+            "steps": 1,
+            "global_batch_rows": 1,
+            "model": {"preset": "digits"},
+            "precision": {"fp8_text": "current", "fp8_vision": "block"},
+            "data": {"sequence_length": 256, "sources": [{"name": "a", "path": "unused"}]},
+        }
+    )
+    fitted = fit_to_device(config, hardware())
+    assert not fitted.precision.uses_fp8
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0] == (
+        "glmv: warning: precision.fp8_text: current scaling needs a CUDA device, and there is none; going on with bf16"
+    )
+    assert fit_to_device(fitted, hardware()) == fitted
+    assert not capsys.readouterr().err
