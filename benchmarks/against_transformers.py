@@ -102,9 +102,7 @@ def main() -> int:
     rows = write_rows(arguments.folder, few=arguments.quick)
     if arguments.quick:
         return 0 if compare("1m", arguments.folder, rows, 1, 1, 1) else 1
-    met = [
-        compare(name, arguments.folder, rows, arguments.rounds, STEPS[name], WARM_UP[name]) for name in arguments.sizes
-    ]
+    met = [compare(name, arguments.folder, rows, arguments.rounds, STEPS[name], WARM_UP[name]) for name in arguments.sizes]
     return 0 if all(met) else 1
 
 

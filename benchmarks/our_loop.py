@@ -16,7 +16,7 @@ from sides import answer
 
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.convert.hf_export import gather_hf_tensors
-from megatron_glmv.parallel import groups, platform
+from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.loop import open_stream
 from megatron_glmv.training.step import StepResult, train_step
@@ -55,6 +55,7 @@ class Loop:
             "tokens": [result.useful_tokens for result in results],
             "losses": [result.loss for result in results],
             "flops": [sum(result.flops.values()) for result in results],
+            "towers": results[-1].flops,
             "wait_s": self.stream.wait_s,
         }
 
@@ -104,7 +105,6 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     arguments = parser.parse_args()
-    platform.activate()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
     loop = Loop(run_config(arguments.size, arguments.folder, arguments.rows, arguments.batch, timeout_s=1800, **layout))
     try:
