@@ -1,0 +1,99 @@
+"""Step time of two ranks with one thread each, in three layouts, against one rank with two threads, for three sizes of model.
+
+    python benchmarks/layouts.py [--sizes 1m 10m 100m] [--rounds 3] [--quick]
+
+    DP2   two replicas, half of the rows each; gradients and weights are exchanged once a step
+    TP2   every matrix shared by two ranks, with sequence parallelism; activations are exchanged in every layer
+    PP2   half of the decoder's layers each, the vision tower on the first stage; activations pass once a row
+
+All train on the same rows of the quickstart, 4 a step, in float32; sides run by turns, medians of the rounds are given. Overhead
+is the step time over that of one rank, less one. What explains it is computed: the exchanges of a step, recorded as they are
+dispatched, at the price of a message and of a byte that an all-reduce of this run has; and for the pipeline its bubble,
+(stages - 1) / rows, and how much costlier than the mean its costlier stage is, in operations. What is left is work that ranks
+repeat (norms and inputs under TP2), and what one rank with two threads loses itself to work that does not divide over threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from digits_model import SIZES, write_rows
+from sides import Side, run_by_turns
+
+FOLDER = Path("runs/benchmarks")
+ALONE = "one rank"
+LAYOUTS = {"DP2": (), "TP2": ("--tensor", "2"), "PP2": ("--pipeline", "2")}
+BATCH_ROWS = 4
+STEPS = {"1m": 10, "10m": 4, "100m": 1}
+"""Of a round."""
+HEADER = ("model", "layout", "seconds a step", "overhead", "exchanges", "MB", "computed: exchange s", "computed: pipeline s",
+          "not explained s")  # fmt: skip
+
+
+def compare(name: str, folder: Path, rows: Path, rounds: int, steps: int) -> dict[str, float]:
+    """Measure one model in every layout and print its lines; the overhead of each layout."""
+    common = [name, str(folder), str(rows), "--batch", str(BATCH_ROWS)]
+    with ExitStack() as stack:
+        sides = [stack.enter_context(closing(Side(ALONE, "our_loop.py", common, threads=2)))]
+        for layout, extra in LAYOUTS.items():
+            sides.append(stack.enter_context(closing(Side(layout, "our_loop.py", [*common, *extra], ranks=2))))
+        exchanges = {side.name: side.ask("exchanges") for side in sides}  # the first step of each, which warms up
+        works = {side.name: side.ask("steps", count=1)["towers"] for side in sides}
+        seconds = {side: statistics.median(found) for side, found in run_by_turns(sides, rounds, steps).items()}
+    one = seconds[ALONE]
+    for side, step in seconds.items():
+        own = exchanges[side]
+        talk = own["messages"] * own["message_s"] + own["bytes"] * own["byte_s"]
+        idle = pipeline_idle(works[side]) * one if side == "PP2" else 0.0
+        left = step - one - talk - idle
+        print(f"| {name} | {side} | {step:.3f} | {step / one - 1:+.1%} | {own['messages']} | {own['bytes'] / 1e6:.1f} | {talk:.3f} "
+              f"| {idle:.3f} | {left:.3f} |")  # fmt: skip
+    return {side: step / one - 1 for side, step in seconds.items() if side != ALONE}
+
+
+def pipeline_idle(towers: dict[str, float], stages: int = 2) -> float:
+    """Time that a pipeline loses over its work divided evenly: bubble and uneven stages, as a share of that work's time."""
+    first = towers["vision"] + towers["merger"] + towers["text"] / stages
+    last = towers["text"] / stages + towers["head"]
+    uneven = max(first, last) * stages / sum(towers.values())
+    return uneven * (BATCH_ROWS + stages - 1) / BATCH_ROWS - 1
+
+
+def explain(overheads: dict[str, dict[str, float]]) -> None:
+    """One sentence a layout: how its overhead changes with the size of the model."""
+    print()
+    for layout in LAYOUTS:
+        line = ", ".join(f"{found[layout]:+.0%} at {name}" for name, found in overheads.items())
+        values = [found[layout] for found in overheads.values()]
+        print(
+            f"{layout}: overhead {line}: {'falling' if values == sorted(values, reverse=True) else 'not falling'} with model size."
+        )
+
+
+def main() -> int:
+    """Measure every size; 1 when the overhead of a layout does not fall with it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the rows, which stay for the next time")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a trial of the script: the smallest model, one step a round")
+    arguments = parser.parse_args()
+    rows = write_rows(arguments.folder, few=arguments.quick)
+    print(f"{BATCH_ROWS} rows a step; {ALONE} has two threads, the ranks of the layouts one each\n")
+    print(f"| {' | '.join(HEADER)} |\n{'| --- ' * len(HEADER)}|")
+    overheads: dict[str, dict[str, Any]] = {}
+    for name in ["1m"] if arguments.quick else arguments.sizes:
+        rounds, steps = (1, 1) if arguments.quick else (arguments.rounds, STEPS[name])
+        overheads[name] = compare(name, arguments.folder, rows, rounds, steps)
+    explain(overheads)
+    by_layout = [[found[layout] for found in overheads.values()] for layout in LAYOUTS]
+    return 0 if all(values == sorted(values, reverse=True) for values in by_layout) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
