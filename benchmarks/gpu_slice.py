@@ -37,7 +37,8 @@ from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.parallel.mcore import hardware, layer_kind
-from megatron_glmv.plan.flops import device_peak, training_flops
+from megatron_glmv.plan.devices import device_peak
+from megatron_glmv.plan.flops import training_flops
 from megatron_glmv.sequence.grid import PixelLimits, image_grid
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
 from megatron_glmv.training.assemble import assemble, assemble_model

@@ -66,7 +66,7 @@ class PolicyTerms:
     ends: Tensor
     reference_logprobs: Tensor | None = None
 
-    def at(self, index: Tensor, device: torch.device | str = "cpu") -> PolicyTerms:
+    def at(self, index: Tensor, device: torch.device = torch.device("cpu")) -> PolicyTerms:  # noqa: B008  (a value)
         """The part of a context rank: [1, len(index)] tensors on `device`; index is of `sequence.shard.context_indices`."""
         tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return PolicyTerms(
