@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_glmv.data.index import COLUMNS, INDEX
+from megatron_glmv.data.index import COLUMNS, FORMAT, INDEX, VERSION
 
 ROW_BYTES = 500_000
 DRAWN = 2_000
@@ -44,7 +44,7 @@ def write_synthetic(folder: Path, samples: int, samples_per_row: int, rows_per_s
             file.truncate(len(head) + own * len(COLUMNS) * 8)
         shards.append({"file": tar, "rows": own, "size_bytes": own * ROW_BYTES, "index": table})
     tree = {
-        "format": "glmv-packed-rows", "version": 1, "length": 8192, "align": 8, "num_rows": rows, "num_samples": samples,
+        "format": FORMAT, "version": VERSION, "length": 8192, "align": 8, "num_rows": rows, "num_samples": samples,
         "num_tokens": rows * 8000, "vocab_size": 151552, "tokens": {"image": 151343, "pad": 151329},
         "image_limits": {"min_pixels": 12544, "max_pixels": 9633792}, "shards": shards,
     }  # fmt: skip
