@@ -92,6 +92,8 @@ def read_curve(path: Path, group_size: int) -> Curve:
             accuracy = {name: value for name, value in record["eval"].get("accuracy", {}).items() if value is not None}
             evaluations.append((step, sampled, accuracy))
             continue
+        if "expansion" not in record:
+            continue
         groups = record["expansion"]
         sampled += groups["wave"] * group_size
         judged = groups["wave"] - groups["unjudged"]

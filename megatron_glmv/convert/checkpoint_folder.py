@@ -6,6 +6,7 @@ manifest is whole, whatever killed the writer; nothing here needs torch or a pro
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ DAMAGED = ".damaged"
 """Ending of a checkpoint that was set aside; a number follows where there are several."""
 FORMAT = 1
 """Number of the manifest's layout; another one is refused."""
-_ROOM = ".room"
+ROOM = ".room"
 _ROOM_BYTES = 4 * 2**20
 """Held free for the small files that are written last, whose failure one rank alone would meet."""
 _COMPLETE = re.compile(r"step_(\d{8,})")
@@ -107,12 +108,14 @@ def open_partial(folder: Path, needed_bytes: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
-        with (partial / _ROOM).open("wb") as room:
+        with _room_of(partial).open("wb") as room:
             os.posix_fallocate(room.fileno(), 0, _ROOM_BYTES)
     except OSError as error:
+        give_up_room(partial)
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{partial}: cannot be created ({error.strerror}); older checkpoints are untouched") from error
     if free < needed_bytes:
+        give_up_room(partial)
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"{folder}: needs {needed_bytes / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; make room or lower "
@@ -123,7 +126,13 @@ def open_partial(folder: Path, needed_bytes: int) -> Path:
 
 def give_up_room(partial: Path) -> None:
     """Free what was held for the files that are written last."""
-    (partial / _ROOM).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _room_of(partial).unlink()
+
+
+def _room_of(partial: Path) -> Path:
+    """Beside the folder: Megatron takes a folder that is not empty for one that was left."""
+    return partial.with_name(partial.name.removesuffix(PARTIAL) + ROOM)
 
 
 def publish(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_glmv.config.training import CheckpointConfig, StageConfig
-from megatron_glmv.convert.checkpoint_folder import FORMAT, PARTIAL, CheckpointError, complete_folders, origin
+from megatron_glmv.convert.checkpoint_folder import FORMAT, PARTIAL, ROOM, CheckpointError, complete_folders, origin
 
 REMOVING = ".removing"
 
@@ -29,8 +29,10 @@ def clean_leftovers(run_folder: Path) -> list[Path]:
     """Remove what a killed save or a killed removal left; returns what was removed."""
     folder = run_folder / "checkpoints"
     leftovers = [found for ending in (PARTIAL, REMOVING) for found in folder.glob(f"step_*{ending}")]
-    for folder in leftovers:
-        shutil.rmtree(folder, ignore_errors=True)
+    for found in leftovers:
+        shutil.rmtree(found, ignore_errors=True)
+    for room in folder.glob(f"step_*{ROOM}"):
+        room.unlink(missing_ok=True)
     return leftovers
 
 

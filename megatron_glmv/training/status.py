@@ -38,6 +38,8 @@ def print_status(run_folder: Path) -> int:
         InputError: it is no run's folder.
     """
     if not (run_folder / "config.yaml").is_file():
+        if refusal := read_refusal(run_folder):
+            raise InputError(f"{run_folder}: cannot go on: {refusal}")
         raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
     config = read_yaml(run_folder / "config.yaml")
     records = list(read_metrics(run_folder / METRICS_FILE))

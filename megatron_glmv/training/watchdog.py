@@ -189,10 +189,11 @@ class Watchdog:
         self._arm()  # for what is still to be done
         faulthandler.cancel_dump_traceback_later()
         report = f"no progress for {self._timeout_s:g} s: {self._who_is_behind(self.read())}"
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        self._stacks.flush()
         with contextlib.suppress(OSError):
             write_words(self._run_folder, self._rank, self.rows)
+        # Last, for who joins the report takes the stacks as a sign that all is there.
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+        self._stacks.flush()
         if self._claim_report(report):
             path = self._join_report(report)
             print(f"{report}; {path or 'no report could be written'}", file=self._stream, flush=True)
@@ -206,11 +207,11 @@ class Watchdog:
 
         def all_have_spoken() -> bool:
             return all(
-                words_path(self._run_folder, rank).exists() or _has_text(stacks_path(self._run_folder, rank))
-                for rank in range(self._world_size)
+                beat.failure or is_gone(beat) or _has_text(stacks_path(self._run_folder, beat.rank)) for beat in self.read()
             )
 
         self._wait_for(all_have_spoken, 3.5)
+        time.sleep(0.1)  # a dump goes to its file in pieces
         beats = self.read()
         try:
             text = compose_report(self._run_folder, report, beats, [beat.rank for beat in beats if self._is_silent(beat)])
