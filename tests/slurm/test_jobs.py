@@ -258,7 +258,7 @@ def test_a_dead_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, dat
 @pytest.mark.slow
 def test_a_stop_that_the_user_asks_for_is_not_requeued(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     config_file(tmp_path, data)
-    job = submit(cluster, tmp_path, words=("steps=100000", "run_folder=run"))
+    job = submit(cluster, tmp_path, "--nodes=1", words=("steps=100000",), GLMV_RANKS_PER_NODE="2")
     wait_for_step(cluster, job, tmp_path, 3)
     assert cli.main(["stop", str(tmp_path / "run")]) == 0
     found = cluster.wait_job(job, ["FAILED"], WAIT_S, lambda: output_of(tmp_path))
