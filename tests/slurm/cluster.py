@@ -16,8 +16,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.stages import REPOSITORY
@@ -128,9 +129,9 @@ class Cluster:
         prolog.write_text("\n".join([*lines, "exit 0", ""]), encoding="utf-8")
         prolog.chmod(0o755)
 
-    def start_node(self, node: str, *prefix: str) -> None:
-        """Start the slurmd of a node, under a command such as nice."""
-        self._spawn(node, *prefix, "slurmd", "-D", "-N", node)
+    def start_node(self, node: str) -> None:
+        """Start the slurmd of a node."""
+        self._spawn(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
         """End a node as a power cut does: its slurmd and everything that it runs, at once, by process id."""
@@ -138,10 +139,35 @@ class Cluster:
         kill_tree([daemon.pid, *self._steps_of(node)])
         daemon.wait()
 
-    def return_node(self, node: str, *prefix: str) -> None:
-        """Bring a killed node back, under a command such as nice."""
-        self.start_node(node, *prefix)
+    def return_node(self, node: str) -> None:
+        """Bring a killed node back."""
+        self.start_node(node)
         self._wait(f"{node} to answer", lambda: self.state(node) in ("idle", "mixed", "allocated"), 60)
+
+    @contextlib.contextmanager
+    def slowed(self, node: str, share: float) -> Iterator[None]:
+        """Let what jobs run on a node proceed for this share of the time only: stopped and continued, ten times a second."""
+        over = threading.Event()
+
+        def send(number: signal.Signals) -> None:
+            for process in descendants(self._steps_of(node)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, number)
+
+        def slow_down() -> None:
+            while not over.wait(0.1 * share):
+                send(signal.SIGSTOP)
+                over.wait(0.1 * (1 - share))
+                send(signal.SIGCONT)
+
+        thread = threading.Thread(target=slow_down)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            send(signal.SIGCONT)
 
     def state(self, node: str) -> str:
         """State of a node as sinfo prints it; a * means that it does not answer."""
@@ -302,6 +328,16 @@ def kill_tree(roots: Sequence[int]) -> None:
     for process in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+def descendants(roots: Sequence[int]) -> list[int]:
+    """All processes that descend from some, without those."""
+    found: list[int] = []
+    front = list(roots)
+    while front:
+        front = [child for process in front for child in _children(process)]
+        found += front
+    return found
 
 
 def _children(process: int) -> list[int]:

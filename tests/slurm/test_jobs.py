@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from megatron_glmv import cli
 from megatron_glmv.training.events import read_events
 from tests.data.rows import LENGTH, write_rows
 from tests.rl.test_trainer import config_file as rl_config_file
-from tests.slurm.cluster import NODES, Cluster, install_slurm
+from tests.slurm.cluster import Cluster, install_slurm
 from tests.stages import REPOSITORY, start_stage
 
 pytestmark = pytest.mark.slurm
@@ -259,7 +258,7 @@ def test_a_dead_node_is_named_and_left_out(cluster: Cluster, tmp_path: Path, dat
 @pytest.mark.slow
 def test_a_stop_that_the_user_asks_for_is_not_requeued(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     config_file(tmp_path, data)
-    job = submit(cluster, tmp_path, words=("steps=100000", "run_folder=run"))
+    job = submit(cluster, tmp_path, "--nodes=1", words=("steps=100000",), GLMV_RANKS_PER_NODE="2")
     wait_for_step(cluster, job, tmp_path, 3)
     assert cli.main(["stop", str(tmp_path / "run")]) == 0
     found = cluster.wait_job(job, ["FAILED"], WAIT_S, lambda: output_of(tmp_path))
@@ -297,31 +296,13 @@ def test_reinforcement_learning_has_servers_on_a_node_of_their_own(cluster: Clus
     assert [path.parent.parent.name for path in (tmp_path / "run" / "logs").rglob("agent.log")] == ["ranks.0"]
 
 
-@pytest.fixture
-def slow_n2(cluster: Cluster) -> Iterator[None]:
-    """n2 shares a core with a process that computes for ever, and yields to it; n1 has another core."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip("two cores are needed for a slow node beside a fast one")
-    for node, prefix in (("n1", ("taskset", "-c", str(cores[1]))), ("n2", ("nice", "-n", "8", "taskset", "-c", str(cores[0])))):
-        cluster.kill_node(node)
-        cluster.return_node(node, *prefix)
-    burner = subprocess.Popen(["taskset", "-c", str(cores[0]), sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        burner.kill()
-        burner.wait()
-        for node in NODES:
-            cluster.kill_node(node)
-            cluster.return_node(node)
-
-
 @pytest.mark.slow
-def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path, slow_n2: None, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (sys.executable, "-m", "megatron_glmv", "preflight", str(tmp_path), "--among", "n1,n2", "--timeout-s", "400")
+def test_a_slow_node_is_named(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (sys.executable, "-m", "megatron_glmv", "preflight", str(tmp_path), "--among", "n1,n2", "--timeout-s", "600")
     environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    cluster.run_everywhere(*words, environment=environment, timeout_s=500)
+    with cluster.slowed("n2", 0.15):
+        cluster.run_everywhere(*words, environment=environment, timeout_s=WAIT_S)
     assert cli.main(["preflight", str(tmp_path), "--judge", "n1,n2"]) == 0
-    assert (tmp_path / "exclude.txt").read_text(encoding="utf-8") == "n2\n"
-    assert "matrix products at" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert (tmp_path / "exclude.txt").read_text(encoding="utf-8") == "n2\n", table
+    assert "matrix products at" in table
