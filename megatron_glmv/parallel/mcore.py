@@ -107,10 +107,34 @@ def text_config(
     for name in passed_through or {}:
         if name not in known:
             raise ConfigError(f"megatron.{name}: megatron-core's TransformerConfig has no such field")
+    _check_communication(passed_through or {}, shape, parallel)
     try:
         return TransformerConfig(**(fields | (passed_through or {})))
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"megatron: TransformerConfig refuses these fields ({' '.join(str(error).split())})") from error
+
+
+def _check_communication(fields: dict[str, Any], shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Refuse ways of communicating that packed rows of Transformer Engine do not have, before they fail inside a layer.
+
+    Source: Transformer Engine 2.11, pytorch/attention/dot_product_attention/context_parallel.py (thd with p2p and a2a only) and
+    pytorch/module/base.py (`initialize_ub`: buffers of one fixed shape, made by the program).
+
+    Raises:
+        ConfigError: one line with the field.
+    """
+    if fields.get("tp_comm_overlap"):
+        raise ConfigError(
+            "megatron.tp_comm_overlap: the buffers that it needs are of one shape and are not made here; leave it out"
+        )
+    way, shared = fields.get("cp_comm_type"), max(1, shape.text.num_kv_heads // parallel.tensor)
+    if way not in (None, "p2p", "a2a"):
+        raise ConfigError(f"megatron.cp_comm_type: {way} cannot exchange packed rows; use p2p or a2a")
+    if way == "a2a" and shared % parallel.context:
+        raise ConfigError(
+            f"megatron.cp_comm_type: a2a deals the {shared} key/value heads of a tensor rank to {parallel.context} context "
+            "ranks; use p2p"
+        )
 
 
 def vision_config(

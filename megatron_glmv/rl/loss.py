@@ -69,9 +69,8 @@ class PolicyTerms:
     def at(self, index: Tensor, device: torch.device = torch.device("cpu")) -> PolicyTerms:  # noqa: B008  (a value)
         """The part of a context rank: [1, len(index)] tensors on `device`; index is of `sequence.shard.context_indices`."""
         tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return PolicyTerms(
-            **{name: to_device(tensor.reshape(-1)[index].unsqueeze(0), device) for name, tensor in tensors.items()}
-        )
+        own = {name: tensor.reshape(-1)[index].unsqueeze(0) for name, tensor in tensors.items()}
+        return PolicyTerms(**{name: to_device(tensor, torch.device(device)) for name, tensor in own.items()})
 
     def with_old(self, old_logprobs: Tensor) -> PolicyTerms:
         """The same with other old log-probabilities."""

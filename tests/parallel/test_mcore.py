@@ -33,6 +33,23 @@ def test_a_megatron_field_passes_through_and_an_unknown_one_is_refused() -> None
         text_config(SHAPE, ParallelConfig(), FP32, RecomputeConfig(), {"layer_norm_eps": 1e-5})
 
 
+@pytest.mark.parametrize(
+    ("fields", "context", "part"),
+    [
+        ({"tp_comm_overlap": True}, 1, "megatron.tp_comm_overlap: the buffers"),
+        ({"cp_comm_type": "all_gather"}, 2, "megatron.cp_comm_type: all_gather cannot exchange packed rows; use p2p or a2a"),
+        ({"cp_comm_type": "a2a+p2p"}, 4, "megatron.cp_comm_type: a2a+p2p"),
+        ({"cp_comm_type": "a2a"}, 4, "the 2 key/value heads of a tensor rank to 4 context ranks; use p2p"),
+    ],
+)
+def test_communication_that_packed_rows_do_not_have_is_one_line(fields: dict[str, object], context: int, part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        text_config(SHAPE, ParallelConfig(context=context), FP32, RecomputeConfig(), fields)
+    assert part in str(caught.value)
+    config = text_config(SHAPE, ParallelConfig(context=2), FP32, RecomputeConfig(), {"cp_comm_type": "a2a"})
+    assert config.cp_comm_type == "a2a"
+
+
 @on_cpu
 def test_transformer_engine_without_a_device_is_one_line() -> None:
     with pytest.raises(ConfigError, match="Transformer Engine needs a CUDA device"):
