@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -14,18 +14,14 @@ from megatron_glmv.sequence.shard import row_order
 
 
 @dataclass(frozen=True)
-class Group:
-    """Segments of one length: their tokens among this rank's (queries) and among the gathered ones (keys).
+class Order:
+    """A permutation of tokens and its inverse, both [tokens] int64."""
 
-    Attributes:
-        length: tokens of each segment in the whole row.
-        queries: [segments, length / context] int64.
-        keys: [segments, length] int64, in the order of the row.
-    """
+    there: Tensor
+    back: Tensor
 
-    length: int
-    queries: Tensor
-    keys: Tensor
+
+NOWHERE = Order(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass
@@ -33,14 +29,16 @@ class Segments(PackedSeqParams):
     """Megatron's packed-sequence parameters, and the same cut prepared for batched attention without Transformer Engine.
 
     Attributes:
-        groups: segments gathered by length, so that each length is one batched call.
-        order: [S] int64, undoes the concatenation of the groups' queries.
+        groups: (segments, tokens of each in the whole row) of every length, so that each length is one batched call.
+        queries: brings this rank's tokens into the order of the groups.
+        keys: brings the tokens of all ranks into the order of the groups, each segment in the order of the row.
         context: ranks that share the row.
         rank: this rank among them.
     """
 
-    groups: list[Group] = field(default_factory=list)
-    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    groups: tuple[tuple[int, int], ...] = ()
+    queries: Order = NOWHERE
+    keys: Order = NOWHERE
     context: int = 1
     rank: int = 0
 
@@ -60,12 +58,9 @@ def make_segments(lengths: Sequence[int], device: torch.device, context: int = 1
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
-    groups, taken = [], []
-    for length, members in by_length.items():
-        queries = torch.tensor([local_starts[i] for i in members])[:, None] + torch.arange(length // context)
-        keys = keys_of_row[torch.tensor([starts[i] for i in members])[:, None] + torch.arange(length)]
-        groups.append(Group(length, queries.to(device), keys.to(device)))
-        taken.append(queries.flatten())
+    members = [index for group in by_length.values() for index in group]
+    queries = torch.cat([torch.arange(local_starts[i], local_starts[i + 1]) for i in members])
+    keys = keys_of_row[torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])]
     boundaries = torch.tensor(starts, dtype=torch.int32, device=device)
     longest = max(lengths)
     return Segments(
@@ -76,8 +71,15 @@ def make_segments(lengths: Sequence[int], device: torch.device, context: int = 1
         cu_seqlens_kv_padded=boundaries,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        groups=groups,
-        order=torch.argsort(torch.cat(taken)).to(device),
+        groups=tuple((len(group), length) for length, group in by_length.items()),
+        queries=_order(queries, device),
+        keys=_order(keys, device),
         context=context,
         rank=rank,
     )
+
+
+def _order(there: Tensor, device: torch.device) -> Order:
+    back = torch.empty_like(there)
+    back[there] = torch.arange(len(there))
+    return Order(there.to(device), back.to(device))
