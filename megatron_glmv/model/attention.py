@@ -17,7 +17,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
-from megatron_glmv.model.segments import Group, Segments
+from megatron_glmv.model.segments import Order, Segments
 
 
 class RotarySelfAttention(SelfAttention):
@@ -62,6 +62,24 @@ class RotarySelfAttention(SelfAttention):
         return self.linear_proj(context.reshape(context.size(0), 1, -1))
 
 
+class _Reorder(torch.autograd.Function):
+    """Tokens in another order; the gradient is read back, where autograd's own adds it to zeros token by token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.orders = there, back
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        there, back = ctx.orders
+        return _Reorder.apply(grads[0], back, there), None, None
+
+
+def _reorder(x: Tensor, order: Order) -> Tensor:
+    return _Reorder.apply(x, order.there, order.back)
+
+
 class SegmentAttention(nn.Module):
     """Core attention per segment by SDPA; segments of one length are one batched call.
 
@@ -101,19 +119,30 @@ class SegmentAttention(nn.Module):
                 torch.cat((key, value), dim=-1), tensor_parallel_output_grad=True, group=self.context_group
             )
             key, value = gathered.chunk(2, dim=-1)
-        if len(segments.groups) == 1 and segments.context == 1:
-            shape = (-1, segments.groups[0].length)
-            parts = (tensor.unflatten(0, shape) for tensor in (query, key, value))
-            return self._attend(*parts, causal=self.causal).flatten(0, 1).flatten(1)
-        outputs = [self._attend_group(query, key, value, group, segments) for group in segments.groups]
-        return torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, segments.order).flatten(1)
+        grouping = segments.grouping
+        in_order = len(grouping.groups) == 1 and segments.context == 1
+        if not in_order:
+            query = _reorder(query, grouping.queries)
+            key, value = _reorder(key, grouping.keys), _reorder(value, grouping.keys)
+        sizes = [number * length for number, length in grouping.groups]
+        parts = zip(
+            grouping.groups, query.split([size // segments.context for size in sizes]), key.split(sizes), value.split(sizes),
+            strict=True,
+        )  # fmt: skip
+        outputs = [
+            self._attend_group(*(tensor.unflatten(0, (number, -1)) for tensor in tensors), segments).flatten(0, 1)
+            for (number, _), *tensors in parts
+        ]
+        if in_order:
+            return outputs[0].flatten(1)
+        order = grouping.queries
+        return _reorder(torch.cat(outputs), Order(order.back, order.there)).flatten(1)
 
-    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, group: Group, segments: Segments) -> Tensor:
-        """All segments of one length: [segments, tokens, H, d]."""
-        query, key, value = query[group.queries], key[group.keys], value[group.keys]
+    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """All segments of one length: [segments, tokens, H, d], keys and values [segments, tokens of all ranks, K, d]."""
         if segments.context == 1 or not self.causal:
             return self._attend(query, key, value, causal=self.causal)
-        chunk = group.length // (2 * segments.context)
+        chunk = key.size(1) // (2 * segments.context)
         early, late = query.split(chunk, dim=1)
         parts = []
         for part, index in ((early, segments.rank), (late, 2 * segments.context - 1 - segments.rank)):

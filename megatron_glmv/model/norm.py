@@ -5,6 +5,8 @@ Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vRMSNorm` (mea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
@@ -13,10 +15,29 @@ from torch import Tensor, nn
 from megatron_glmv.parallel import platform
 
 
+class _RmsNorm(torch.autograd.Function):
+    """The norm in float32, with a backward pass of a third of the passes over memory that autograd makes of its operators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(epsilon))
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, inverse, weight = ctx.saved_tensors
+        along = grads[0] * normed
+        mean = (along @ weight).unsqueeze(-1).div_(weight.numel())
+        slope = (grads[0] * weight).addcmul_(normed, mean, value=-1).mul_(inverse)
+        return slope, along.flatten(0, -2).sum(0), None
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Root-mean-square norm over the last axis, rounded as Hugging Face rounds it."""
     if x.dtype is torch.float32:
-        return F.rms_norm(x, weight.shape, weight, epsilon)
+        return _RmsNorm.apply(x, weight, epsilon)
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 

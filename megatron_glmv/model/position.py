@@ -8,11 +8,15 @@ Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py (`Glm4vTextRotaryEmb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, cosine, sine) -> x rotated."""
 
 
 def text_angles(positions: Tensor, base: float, rotary_dim: int, section: Sequence[int]) -> Tensor:
@@ -71,6 +75,21 @@ def angles_of_halves(angles: Tensor) -> Tensor:
     return torch.cat((angles, angles), dim=1)[:, None, None]
 
 
+class _Rotation(torch.autograd.Function):
+    """A rotation of channels, whose gradient is the rotation by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.turn = turn
+        return turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return ctx.turn(grads[0], cos, -sin), None, None, None
+
+
 def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate channels (2i, 2i+1) of the first 2f channels, in x's dtype: the decoder's rotation.
 
@@ -79,16 +98,26 @@ def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
         cos_sin: [2, S, 1, f] float32.
     """
     cos, sin = cos_sin.to(x.dtype).unsqueeze(2)
+    return _Rotation.apply(x, cos, sin, _turn_pairs)
+
+
+def _turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated = 2 * cos.shape[-1]
-    turning, rest = x[..., :rotated], x[..., rotated:]
-    even, odd = turning[..., 0::2], turning[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned, rest), dim=-1)
+    even, odd = x[..., 0:rotated:2], x[..., 1:rotated:2]
+    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
+    turned[..., rotated:] = x[..., rotated:]
+    turned[..., 0:rotated:2] = even * cos - odd * sin
+    turned[..., 1:rotated:2] = odd * cos + even * sin
+    return turned
 
 
 def rotate_halves(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate channels (i, i + head_dim/2) in float32: the ViT's rotation. Shapes as in `rotate_pairs`."""
     cos, sin = cos_sin.unsqueeze(2)
+    return _Rotation.apply(x, cos, sin, _turn_halves)
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 

@@ -16,18 +16,26 @@ from megatron_glmv.sequence.transfer import to_device
 
 
 @dataclass(frozen=True)
-class Group:
-    """Segments of one length: their tokens among this rank's (queries) and among the gathered ones (keys).
+class Order:
+    """A permutation of tokens and its inverse, both [tokens] int64."""
+
+    there: Tensor
+    back: Tensor
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Segments gathered by length, so that each length is one batched call.
 
     Attributes:
-        length: tokens of each segment in the whole row.
-        queries: [segments, length / context] int64.
-        keys: [segments, length] int64, in the order of the row.
+        groups: (segments, tokens of each in the whole row) of every length.
+        queries: brings this rank's tokens into the order of the groups.
+        keys: brings the tokens of all ranks into the order of the groups, each segment in the order of the row.
     """
 
-    length: int
-    queries: Tensor
-    keys: Tensor
+    groups: tuple[tuple[int, int], ...]
+    queries: Order
+    keys: Order
 
 
 @dataclass
@@ -45,19 +53,9 @@ class Segments(PackedSeqParams):
     rank: int = 0
 
     @cached_property
-    def _grouped(self) -> tuple[list[Group], Tensor]:
+    def grouping(self) -> Grouping:
         """Made when the first layer asks, which those of Transformer Engine never do."""
-        return _group(self.lengths, self.cu_seqlens_q.device, self.context, self.rank)
-
-    @property
-    def groups(self) -> list[Group]:
-        """Segments gathered by length, so that each length is one batched call."""
-        return self._grouped[0]
-
-    @property
-    def order(self) -> Tensor:
-        """[S] int64, undoes the concatenation of the groups' queries."""
-        return self._grouped[1]
+        return _group(self.lengths, self.cu_seqlens_q.device, self.context)
 
 
 def make_segments(lengths: Sequence[int], device: torch.device, context: int = 1, rank: int = 0) -> Segments:
@@ -87,18 +85,21 @@ def make_segments(lengths: Sequence[int], device: torch.device, context: int = 1
     )
 
 
-def _group(lengths: Sequence[int], device: torch.device, context: int, rank: int) -> tuple[list[Group], Tensor]:
-    """Segments by length, and the order that undoes the grouping."""
+def _group(lengths: Sequence[int], device: torch.device, context: int) -> Grouping:
     starts = list(accumulate(lengths, initial=0))
     local_starts = [start // context for start in starts]
     keys_of_row = row_order(lengths, context) if context > 1 else torch.arange(starts[-1])
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
-    groups, taken = [], []
-    for length, members in by_length.items():
-        queries = torch.tensor([local_starts[i] for i in members])[:, None] + torch.arange(length // context)
-        keys = keys_of_row[torch.tensor([starts[i] for i in members])[:, None] + torch.arange(length)]
-        groups.append(Group(length, to_device(queries, device), to_device(keys, device)))
-        taken.append(queries.flatten())
-    return groups, to_device(torch.argsort(torch.cat(taken)), device)
+    members = [index for group in by_length.values() for index in group]
+    queries = torch.cat([torch.arange(local_starts[i], local_starts[i + 1]) for i in members])
+    keys = keys_of_row[torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])]
+    groups = tuple((len(group), length) for length, group in by_length.items())
+    return Grouping(groups, _order(queries, device), _order(keys, device))
+
+
+def _order(there: Tensor, device: torch.device) -> Order:
+    back = torch.empty_like(there)
+    back[there] = torch.arange(len(there))
+    return Order(to_device(there, device), to_device(back, device))

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
@@ -79,6 +80,23 @@ def activate() -> None:
 
     # Where `AdamW` below keeps its step count: the distributed optimizer's checkpoint looks there if it believes in apex.
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
+
+
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of the distributed optimizer that does nothing where one rank's share is the whole buffer.
+
+    There NCCL sees that it would write a buffer onto itself; gloo copies it, twice.
+    """
+
+    @functools.wraps(collective)
+    def run(*args: Any, group: Any, **kwargs: Any) -> Any:
+        return collective(*args, group=group, **kwargs) if dist.get_world_size(group) > 1 else None
+
+    return run
 
 
 def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
