@@ -2,16 +2,16 @@
 
     python benchmarks/against_transformers.py [--sizes 1m 100m] [--rounds 3] [--quick]
 
-Two models: the quickstart's (1.1 M parameters) and one of 102.6 M in the proportions of GLM-4.1V. The rows are the quickstart's,
-handwritten digits with short questions. Only useful tokens count, no padding; both sides see the same samples in every step.
+Two models: the quickstart's (1.1 M parameters) and one of 102.6 M in the proportions of GLM-4.1V. The rows are the
+quickstart's, handwritten digits with short questions. Only useful tokens count, no padding; both sides see the same samples in every step.
 
     megatron-glmv            packed rows through the parts of `glmv train`, decoding by DALI within the time: one rank with two
                              threads, or two data-parallel ranks with one
-    transformers             Glm4vForConditionalGeneration with sdpa on the padded batch, torch.optim.AdamW, clipping, as it comes
+    transformers             Glm4vForConditionalGeneration with sdpa on the padded batch, torch.optim.AdamW, clipping, as it is
     transformers, matmuls    the same with the two convolutions of its vision tower replaced by equal matrix products
 
-All compute in float32 on two threads. transformers' pixels are decoded before the clock runs, in its favour. All sides start
-from the same weights, and the losses of their first batch must agree within 0.001. The sides run by turns; medians of the rounds
+All compute in float32 on two threads. transformers' pixels are decoded before the clock runs, in its favour. All sides
+start from the same weights, and the losses of their first batch must agree within 0.001. The sides run by turns; medians of the rounds
 are given. Targets: 3 times transformers as it comes, 1.5 times transformers with matmuls.
 """
 

@@ -6,8 +6,8 @@
     TP2   every matrix shared by two ranks, with sequence parallelism; activations are exchanged in every layer
     PP2   half of the decoder's layers each, the vision tower on the first stage; activations pass once a row
 
-All train on the same rows of the quickstart, 4 a step, in float32; sides run by turns, medians of the rounds are given. Overhead
-is the step time over that of one rank, less one. What explains it is computed: the exchanges of a step, recorded as they are
+All train on the same rows of the quickstart, 4 a step, in float32; sides run by turns, medians of the rounds are given.
+Overhead is the step time over that of one rank, less one. What explains it is computed: the exchanges of a step, recorded as they are
 dispatched, at the price of a message and of a byte that an all-reduce of this run has; and for the pipeline its bubble,
 (stages - 1) / rows, and how much costlier than the mean its costlier stage is, in operations. What is left is work that ranks
 repeat (norms and inputs under TP2), and what one rank with two threads loses itself to work that does not divide over threads.
@@ -51,8 +51,8 @@ def compare(name: str, folder: Path, rows: Path, rounds: int, steps: int) -> dic
         talk = own["messages"] * own["message_s"] + own["bytes"] * own["byte_s"]
         idle = pipeline_idle(works[side]) * one if side == "PP2" else 0.0
         left = step - one - talk - idle
-        print(f"| {name} | {side} | {step:.3f} | {step / one - 1:+.1%} | {own['messages']} | {own['bytes'] / 1e6:.1f} | {talk:.3f} "
-              f"| {idle:.3f} | {left:.3f} |")  # fmt: skip
+        sent = f"{own['messages']} | {own['bytes'] / 1e6:.1f}"
+        print(f"| {name} | {side} | {step:.3f} | {step / one - 1:+.1%} | {sent} | {talk:.3f} | {idle:.3f} | {left:.3f} |")
     return {side: step / one - 1 for side, step in seconds.items() if side != ALONE}
 
 
@@ -70,9 +70,8 @@ def explain(overheads: dict[str, dict[str, float]]) -> None:
     for layout in LAYOUTS:
         line = ", ".join(f"{found[layout]:+.0%} at {name}" for name, found in overheads.items())
         values = [found[layout] for found in overheads.values()]
-        print(
-            f"{layout}: overhead {line}: {'falling' if values == sorted(values, reverse=True) else 'not falling'} with model size."
-        )
+        trend = "falling" if values == sorted(values, reverse=True) else "not falling"
+        print(f"{layout}: overhead {line}: {trend} with model size.")
 
 
 def main() -> int:

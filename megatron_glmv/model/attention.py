@@ -125,13 +125,14 @@ class SegmentAttention(nn.Module):
             query = _reorder(query, grouping.queries)
             key, value = _reorder(key, grouping.keys), _reorder(value, grouping.keys)
         sizes = [number * length for number, length in grouping.groups]
-        parts = zip(
-            grouping.groups, query.split([size // segments.context for size in sizes]), key.split(sizes), value.split(sizes),
-            strict=True,
-        )  # fmt: skip
+        own = [size // segments.context for size in sizes]
         outputs = [
-            self._attend_group(*(tensor.unflatten(0, (number, -1)) for tensor in tensors), segments).flatten(0, 1)
-            for (number, _), *tensors in parts
+            self._attend_group(
+                q.unflatten(0, (number, -1)), k.unflatten(0, (number, -1)), v.unflatten(0, (number, -1)), segments
+            ).flatten(0, 1)
+            for (number, _), q, k, v in zip(
+                grouping.groups, query.split(own), key.split(sizes), value.split(sizes), strict=True
+            )
         ]
         if in_order:
             return outputs[0].flatten(1)

@@ -110,4 +110,4 @@ def test_segments_are_what_transformer_engine_takes(context: int) -> None:
     others = (segments.cu_seqlens_kv, segments.cu_seqlens_q_padded, segments.cu_seqlens_kv_padded)
     assert all(other is segments.cu_seqlens_q for other in others)
     assert "_grouped" not in vars(segments)
-    assert [group.length for group in segments.groups] == [8, 4, 16]
+    assert [length for _, length in segments.grouping.groups] == [8, 4, 16]
