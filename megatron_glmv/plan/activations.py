@@ -70,7 +70,7 @@ class Layer:
 
     def _norms(self) -> float:
         """Norms, and the inputs of the two products behind the norms at the head of the branches."""
-        if self.kind == "te":
+        if self.kind == "te" or self.element == 4:
             norm = self.element * self.width + 4
         else:
             # bf16: the input in fp32, the root, and the normed input in bf16 for the gradient of the weight.
@@ -248,7 +248,7 @@ def _entry(text: Layer, config: StageConfig) -> tuple[float, float]:
 
 def _norm(element: int, width: int, kind: Kind) -> float:
     """Bytes a token of one norm of a part that learns."""
-    return element * width + 4 if kind == "te" else (4 + element) * width + 4
+    return element * width + 4 if kind == "te" or element == 4 else (4 + element) * width + 4
 
 
 def _merger(config: StageConfig, patches: float, kind: Kind) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.training import TrainConfig
+from megatron_glmv.config.weight_map import megatron_names
 from megatron_glmv.convert import mapping
 from megatron_glmv.convert.hf_import import from_state_dict
 from megatron_glmv.convert.parameters import local_parameters
@@ -106,7 +107,7 @@ def _join(gathered: list[tuple[int, dict[str, Tensor]]], shape: ModelShape) -> d
         for name, gradient in local.items():
             known = shards.setdefault(name, {}).setdefault(tensor_rank, gradient)
             assert torch.equal(known, gradient), f"{name}: replicas of tensor rank {tensor_rank} hold different gradients"
-    whole = mapping.megatron_names(shape)
+    whole = megatron_names(shape)
     return {name: _join_shares(name, [parts[rank] for rank in sorted(parts)], whole[name]) for name, parts in shards.items()}
 
 
