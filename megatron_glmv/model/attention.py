@@ -124,20 +124,18 @@ class SegmentAttention(nn.Module):
             query = _reorder(query, segments.queries)
             key, value = _reorder(key, segments.keys), _reorder(value, segments.keys)
         sizes = [number * length for number, length in segments.groups]
-        parts = zip(
-            segments.groups, query.split([size // segments.context for size in sizes]), key.split(sizes), value.split(sizes),
-            strict=True,
-        )  # fmt: skip
+        own_sizes = [size // segments.context for size in sizes]
+        parts = zip(segments.groups, query.split(own_sizes), key.split(sizes), value.split(sizes), strict=True)
         outputs = [
-            self._attend_group(*(tensor.unflatten(0, (number, -1)) for tensor in tensors), segments).flatten(0, 1)
-            for (number, _), *tensors in parts
+            self._attend_group(*(part.unflatten(0, (number, -1)) for part in (q, k, v)), segments=segments).flatten(0, 1)
+            for (number, _), q, k, v in parts
         ]
         if in_order:
             return outputs[0].flatten(1)
         order = segments.queries
         return _reorder(torch.cat(outputs), Order(order.back, order.there)).flatten(1)
 
-    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, *, segments: Segments) -> Tensor:
         """All segments of one length: [segments, tokens, H, d], keys and values [segments, tokens of all ranks, K, d]."""
         if segments.context == 1 or not self.causal:
             return self._attend(query, key, value, causal=self.causal)

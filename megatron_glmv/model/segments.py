@@ -59,8 +59,9 @@ def make_segments(lengths: Sequence[int], device: torch.device, context: int = 1
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
     members = [index for group in by_length.values() for index in group]
-    queries = torch.cat([torch.arange(local_starts[i], local_starts[i + 1]) for i in members])
-    keys = keys_of_row[torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])]
+    sizes = torch.tensor([lengths[i] for i in members])
+    queries = _runs(torch.tensor([local_starts[i] for i in members]), sizes // context)
+    keys = keys_of_row[_runs(torch.tensor([starts[i] for i in members]), sizes)]
     boundaries = torch.tensor(starts, dtype=torch.int32, device=device)
     longest = max(lengths)
     return Segments(
@@ -83,3 +84,9 @@ def _order(there: Tensor, device: torch.device) -> Order:
     back = torch.empty_like(there)
     back[there] = torch.arange(len(there))
     return Order(there.to(device), back.to(device))
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Every place of runs of consecutive places, one run after the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
