@@ -1,8 +1,8 @@
 """A plain transformers training loop on the packed rows' samples, which runs steps when it is asked.
 
 The samples of a step are one batch, padded on the right to the longest of them, with labels where the rows have loss weights.
-Every frame of a video is given as a picture: GLM-4.1V computes the same for both, and transformers refuses a batch in which some
-samples have pictures and others videos. Pixels are decoded and normalised before any clock runs.
+Every frame of a video is given as a picture: GLM-4.1V computes the same for both, and transformers refuses a batch in which
+some samples have pictures and others videos. Pixels are decoded and normalised before any clock runs.
 """
 
 from __future__ import annotations
