@@ -125,21 +125,18 @@ class SegmentAttention(nn.Module):
             query = _reorder(query, grouping.queries)
             key, value = _reorder(key, grouping.keys), _reorder(value, grouping.keys)
         sizes = [number * length for number, length in grouping.groups]
-        own = [size // segments.context for size in sizes]
+        own_sizes = [size // segments.context for size in sizes]
+        parts = zip(grouping.groups, query.split(own_sizes), key.split(sizes), value.split(sizes), strict=True)
         outputs = [
-            self._attend_group(
-                q.unflatten(0, (number, -1)), k.unflatten(0, (number, -1)), v.unflatten(0, (number, -1)), segments
-            ).flatten(0, 1)
-            for (number, _), q, k, v in zip(
-                grouping.groups, query.split(own), key.split(sizes), value.split(sizes), strict=True
-            )
+            self._attend_group(*(part.unflatten(0, (number, -1)) for part in (q, k, v)), segments=segments).flatten(0, 1)
+            for (number, _), q, k, v in parts
         ]
         if in_order:
             return outputs[0].flatten(1)
         order = grouping.queries
         return _reorder(torch.cat(outputs), Order(order.back, order.there)).flatten(1)
 
-    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+    def _attend_group(self, query: Tensor, key: Tensor, value: Tensor, *, segments: Segments) -> Tensor:
         """All segments of one length: [segments, tokens, H, d], keys and values [segments, tokens of all ranks, K, d]."""
         if segments.context == 1 or not self.causal:
             return self._attend(query, key, value, causal=self.causal)

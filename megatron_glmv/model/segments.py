@@ -93,8 +93,9 @@ def _group(lengths: Sequence[int], device: torch.device, context: int) -> Groupi
     for index, length in enumerate(lengths):
         by_length.setdefault(length, []).append(index)
     members = [index for group in by_length.values() for index in group]
-    queries = torch.cat([torch.arange(local_starts[i], local_starts[i + 1]) for i in members])
-    keys = keys_of_row[torch.cat([torch.arange(starts[i], starts[i + 1]) for i in members])]
+    sizes = torch.tensor([lengths[i] for i in members])
+    queries = _runs(torch.tensor([local_starts[i] for i in members]), sizes // context)
+    keys = keys_of_row[_runs(torch.tensor([starts[i] for i in members]), sizes)]
     groups = tuple((len(group), length) for length, group in by_length.items())
     return Grouping(groups, _order(queries, device), _order(keys, device))
 
@@ -103,3 +104,9 @@ def _order(there: Tensor, device: torch.device) -> Order:
     back = torch.empty_like(there)
     back[there] = torch.arange(len(there))
     return Order(to_device(there, device), to_device(back, device))
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Every place of runs of consecutive places, one run after the other."""
+    before = lengths.cumsum(0) - lengths
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - before, lengths)
