@@ -76,8 +76,8 @@ def compare(name: str, folder: Path, rows: Path, rounds: int, effort: Effort) ->
                 rates[side.name].append(sum(found["tokens"]) / sum(found["seconds"]))
                 losses[side.name], padded = found["losses"][-1], found.get("padded", padded)
                 useful = found["tokens"][-1]
-    print(f"\n{name}: {parameters:,} parameters; {rounds} rounds of {effort.steps} steps of {effort.batch} packed rows, the last "
-          f"one of {useful:,} useful tokens in {padded:,} places of transformers' padded batch\n")  # fmt: skip
+    print(f"\n{name}: {parameters:,} parameters; {rounds} rounds of {effort.steps} steps of {effort.batch} packed rows, the "
+          f"last of {useful:,} useful tokens in {padded:,} places of transformers' padded batch\n")  # fmt: skip
     return _print(rates, firsts, losses)
 
 
