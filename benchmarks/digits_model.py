@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,9 @@ def config_folder(name: str, folder: Path) -> Path:
     out = folder / f"model-{name}"
     out.mkdir(parents=True, exist_ok=True)
     text = (PRESETS / "digits.json").read_text(encoding="utf-8") if size is None else json.dumps(hf_config(size), indent=1)
-    (out / "config.json").write_text(text, encoding="utf-8")
+    partial = out / f"config.{os.getpid()}.json"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(out / "config.json")  # whole at every moment: the processes of a comparison all write it
     return out
 
 
