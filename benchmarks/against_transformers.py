@@ -77,11 +77,7 @@ def compare(name: str, folder: Path, rows: Path, rounds: int, effort: Effort) ->
                 losses[side.name], padded = found["losses"][-1], found.get("padded", padded)
                 useful = found["tokens"][-1]
     print(f"\n{name}: {parameters:,} parameters; {rounds} rounds of {effort.steps} steps of {effort.batch} packed rows, the "
-<<<<<<< HEAD
-          f"last one of {useful:,} useful tokens in {padded:,} places of transformers' padded batch\n")  # fmt: skip
-=======
           f"last of {useful:,} useful tokens in {padded:,} places of transformers' padded batch\n")  # fmt: skip
->>>>>>> speedcpu
     return _print(rates, firsts, losses)
 
 

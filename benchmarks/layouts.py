@@ -9,7 +9,6 @@
 All train on the same rows of the quickstart, 4 a step, in float32. The sides run by turns, and the medians of the rounds are
 given. Overhead is the step time over that of one rank, less one. What explains it is computed: the exchanges of a step,
 recorded as they are dispatched, at the price that a message and a byte have in an all-reduce of this run; and for the pipeline
-<<<<<<< HEAD
 its bubble, (stages - 1) / rows, and how much costlier than the mean its costlier stage is, in operations. What is left is work
 that the ranks repeat (norms and inputs under TP2), less what one rank with two threads itself loses to work that threads cannot
 share.
