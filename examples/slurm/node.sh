@@ -7,6 +7,8 @@ trap '' TERM USR1
 folder="$GLMV_LOGS/${SLURMD_NODENAME:-node$SLURM_NODEID}"
 mkdir -p "$folder"
 [ "$SLURM_NODEID" = 0 ] && hosts=true || hosts=false
+# A store for every start of the ranks: the agents' own would hand restarted ranks the addresses of dead ones (torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
 exec python -m torch.distributed.run \
     --nnodes "$GLMV_AGENTS" --nproc-per-node "$GLMV_RANKS_PER_NODE" --max-restarts "$GLMV_MAX_RESTARTS" \
