@@ -26,7 +26,7 @@ limit=${LIMIT_S:-590}
 commands() {
     case $1 in
         tests) echo "$python -m pytest -q -m gpu tests/gpu/test_te_layers.py tests/gpu/test_hot_path.py" ;;
-        fp8) echo "$python -m pytest -q -m gpu tests/gpu/test_fp8.py" ;;
+        fp8) echo "$python -m pytest -q -m gpu tests/gpu/test_fp8_on_device.py" ;;
         speed) echo "$python benchmarks/gpu_mfu.py ${DRY_RUN:+--dry-run}" ;;
         decode) echo "$python benchmarks/gpu_decode.py ${DRY_RUN:+--dry-run}" ;;
         *) echo "gpu_all.sh: no part '$1'; there are tests fp8 speed decode" >&2; return 2 ;;

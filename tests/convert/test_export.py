@@ -21,11 +21,12 @@ from megatron_glmv.config.base import InputError, validate
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.config.weight_map import MappingError, hf_names
-from megatron_glmv.convert.checkpoint_folder import find
+from megatron_glmv.convert.checkpoint_folder import find, read_manifest
 from megatron_glmv.convert.command import run_export
 from megatron_glmv.convert.hf_export import export_checkpoint
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.processor import ProcessorError
+from tests.convert.checkpoints import change_manifest
 from tests.convert.test_processor import RELEASED, WRITERS
 from tests.model import oracle
 from tests.ranks import run_ranks
@@ -198,19 +199,19 @@ def test_lost_file_is_named(checkpoint, processor, tmp_path):
 
 
 def test_checkpoint_of_another_architecture_is_named(checkpoint, processor, tmp_path):
-    manifest = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    manifest["shape"]["text"]["ffn_hidden_size"] += 8
-    (checkpoint / "meta.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shape = read_manifest(checkpoint)["shape"]
+    shape["text"]["ffn_hidden_size"] += 8
+    change_manifest(checkpoint, shape=shape)
     _fails(checkpoint, processor, tmp_path / "hf", r"linear_fc1\.weight has shape \[4, 512, 128\], .* \[528, 128\]")
-    manifest["shape"]["text"]["num_layers"] = 5
-    (checkpoint / "meta.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shape["text"]["num_layers"] = 5
+    change_manifest(checkpoint, shape=shape)
     _fails(checkpoint, processor, tmp_path / "hf", "step_00000020: ")
 
 
 def test_missing_layers_are_named(checkpoint, processor, tmp_path):
-    manifest = json.loads((checkpoint / "meta.json").read_text(encoding="utf-8"))
-    manifest["shape"]["text"]["num_layers"] = 5
-    (checkpoint / "meta.json").write_text(json.dumps(manifest), encoding="utf-8")
+    shape = read_manifest(checkpoint)["shape"]
+    shape["text"]["num_layers"] = 5
+    change_manifest(checkpoint, shape=shape)
     _fails(checkpoint, processor, tmp_path / "hf", r"do not cover language_model\.decoder\.layers\.4\.")
 
 

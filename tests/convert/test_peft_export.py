@@ -27,6 +27,7 @@ from megatron_glmv.convert import lora
 from megatron_glmv.convert.checkpoint_folder import find
 from megatron_glmv.convert.command import run_adapter, run_export
 from megatron_glmv.convert.peft_export import export_adapters, target_modules
+from tests.convert.checkpoints import change_manifest
 from tests.data.processor import write_processor
 from tests.model import adapters, oracle
 from tests.ranks import run_ranks
@@ -237,8 +238,7 @@ def test_an_existing_folder_is_not_touched(runs: Path, tmp_path: Path, capsys: p
 
 def _spoilt(runs: Path, folder: Path, **changes: Any) -> Path:
     checkpoint = shutil.copytree(find(runs / "some"), folder / "step_00000003")
-    manifest = json.loads((checkpoint / "meta.json").read_text())
-    (checkpoint / "meta.json").write_text(json.dumps(manifest | changes))
+    change_manifest(checkpoint, **changes)
     return checkpoint
 
 

@@ -59,7 +59,7 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def results(architecture: str) -> Result:
     alone = run_ranks(layouts.losses_and_gradients, 1, "deep", architecture, [("one rank", {}, {})])[0]
-    return alone | run_ranks(layouts.losses_and_gradients, 4, "deep", architecture, LAYOUTS, timeout_s=300)[0]
+    return alone | run_ranks(layouts.losses_and_gradients, 4, "deep", architecture, LAYOUTS, timeout_s=900)[0]
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in LAYOUTS])

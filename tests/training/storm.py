@@ -24,7 +24,8 @@ from tests.ranks import run_ranks
 from tests.stages import start_stage
 from tests.training.runs import config_file, events_of, steps_of
 
-RANKS, EVERY, STEPS_PER_KILL = 2, 3, 5
+RANKS, EVERY = 2, 3
+_STEPS_PER_KILL, _FEWEST_STEPS = 5, 80
 MOMENTS = ("in a save", "after some steps", "at any moment")
 _PATIENCE_S = 600.0
 
@@ -49,7 +50,7 @@ def run_file(folder: Path, name: str, kills: int) -> Path:
         folder,
         name,
         folder / "data",
-        steps=STEPS_PER_KILL * kills,
+        steps=max(_STEPS_PER_KILL * kills, _FEWEST_STEPS),
         parallel={"tensor": 1, "timeout_s": 120},
         checkpoint={"every_steps": EVERY, "keep": 10000, "asynchronous": True},
         metrics={"tensorboard": False},
