@@ -290,7 +290,7 @@ def _report(
 ) -> dict[str, Any]:
     """What a run is reported by; rates are those of its median step."""
     timed, median = results[settings.warmup :], statistics.median(seconds)
-    operations = statistics.mean(sum(result.flops.values()) for result in timed)
+    operations = statistics.mean(sum(result.counts.flops.values()) for result in timed)
     peak = device_peak(platform.device_name(), "bf16")
     on_gpu = platform.has_cuda()
     return {
@@ -299,7 +299,7 @@ def _report(
         "layer_kind": layer_kind(config.precision),
         "precision": config.precision.dtype if config.precision.fp8_text == "off" else f"fp8 {config.precision.fp8_text}",
         "seconds": median,
-        "tokens_s": statistics.mean(result.useful_tokens for result in timed) / median,
+        "tokens_s": statistics.mean(result.counts.useful_tokens for result in timed) / median,
         "pictures_s": statistics.mean(result.images for result in timed) / median,
         "tflop_s": operations / median / 1e12,
         "mfu": operations / median / peak if peak else None,

@@ -52,10 +52,10 @@ class Loop:
             seconds.append(time.perf_counter() - started)
         return {
             "seconds": seconds,
-            "tokens": [result.useful_tokens for result in results],
+            "tokens": [result.counts.useful_tokens for result in results],
             "losses": [result.loss for result in results],
-            "flops": [sum(result.flops.values()) for result in results],
-            "towers": results[-1].flops,
+            "flops": [sum(result.counts.flops.values()) for result in results],
+            "towers": results[-1].counts.flops,
             "wait_s": self.stream.wait_s,
         }
 

@@ -22,7 +22,7 @@ step "import floors" lint-imports --no-logo
 step "mypy" python -m mypy
 # Two files at a time: most of a test's time is the start of ranks, which one core does. A file stays in one process, whose
 # fixtures it shares.
-step "pytest" python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
+step "pytest" python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"
 # The shipped batch files under a real SLURM: installed where that is possible, else skipped with the reason.
 [ $# -gt 0 ] || step "slurm" python -m pytest -q -rs --durations=10 -m 'slurm and not slow' tests/slurm
 

@@ -83,6 +83,9 @@ class MetricsConfig(Config):
     """Steps between comparisons of all ranks, which name the slowest; 0: none."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Dense peak of one device in the training precision; null: known for H100/H200/A100, else no MFU."""
+    hardware: Path | None = None
+    """The FILE.yaml of `glmv plan --hardware`, for devices other than H100, H200 and A100: TensorBoard then shows what the plan
+    expects beside what is measured, as a run named planned."""
     observe_every_steps: int = Field(default=50, ge=0)
     """Steps between closer looks: norms and histograms of each part's weights and gradients, memory and idle time of each
     pipeline stage; 0: never. The step that is looked at is slower by its synchronisations."""

@@ -184,8 +184,7 @@ def _row_costs(readers: Sequence[ShardReader], model: CostModel, length: int) ->
 
     def cost(draw: Draw) -> float:
         row = readers[draw.source].measures(draw.row)
-        attention = model.pair * (row["squared_tokens"] + row["tokens"]) / 2
-        return length + attention + model.patch * row["patches"] + model.patch_pair * row["squared_patches"]
+        return model.row(length, row["tokens"], row["squared_tokens"], row["patches"], row["squared_patches"])
 
     return cost
 

@@ -125,10 +125,13 @@ def find_hardware(gpu: str, file: Path | None = None, memory_gb: float | None = 
     return validate(Hardware, tree, where=str(file) if file is not None else "--memory-gb")
 
 
+def known_device(device_name: str) -> Hardware | None:
+    """A device by its product name; None where it is not in the table."""
+    return next((gpu for gpu in GPUS.values() if gpu.product is not None and re.fullmatch(gpu.product, device_name)), None)
+
+
 def device_peak(device_name: str, number_format: Literal["fp32", "bf16", "fp8"]) -> float | None:
     """Dense peak in operations a second of a device by its product name; None where it is not known."""
-    for gpu in GPUS.values():
-        if gpu.product is not None and re.fullmatch(gpu.product, device_name):
-            tflops = getattr(gpu, f"{number_format}_tflops")
-            return tflops * 1e12 if tflops else None
-    return None
+    gpu = known_device(device_name)
+    tflops = getattr(gpu, f"{number_format}_tflops") if gpu is not None else None
+    return tflops * 1e12 if tflops else None

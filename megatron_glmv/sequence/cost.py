@@ -50,6 +50,18 @@ class CostModel:
         visual = self.patch * np.asarray(patches, np.float64) + self.patch_pair * np.asarray(squared_patches, np.float64)
         return self.pair * tokens * (tokens + 1) / 2 + visual
 
+    def row(self, length: int, tokens: int, squared_tokens: int, patches: int, squared_patches: int) -> float:
+        """What a row costs, in tokens: its length, padding included, and what it has beyond.
+
+        Args:
+            length: of the row.
+            tokens: of its documents together.
+            squared_tokens: sum over its documents of the square of their tokens.
+            patches: of its frames together.
+            squared_patches: sum over its frames of the square of their patches.
+        """
+        return length + self.pair * (squared_tokens + tokens) / 2 + self.patch * patches + self.patch_pair * squared_patches
+
 
 def cost_model(shape: ModelShape) -> CostModel:
     """The costs for a model of this shape."""
@@ -70,8 +82,7 @@ def deal_frames(vision: VisionShape, patches: Sequence[int], num_ranks: int) -> 
     Returns:
         For each rank the indexes of its frames, rising; a rank may have none.
     """
-    pair = 2 * vision.hidden_size * vision.num_layers
-    costs = [_patch(vision) * count + pair * count**2 for count in patches]
+    costs = frame_costs(vision, patches)
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
     for frame in sorted(range(len(costs)), key=lambda frame: (-costs[frame], frame)):
@@ -79,6 +90,12 @@ def deal_frames(vision: VisionShape, patches: Sequence[int], num_ranks: int) -> 
         shares[rank].append(frame)
         loads[rank] += costs[frame]
     return [sorted(share) for share in shares]
+
+
+def frame_costs(vision: VisionShape, patches: Sequence[int]) -> list[float]:
+    """Multiply-adds of the vision tower for frames of so many patches each."""
+    pair = 2 * vision.hidden_size * vision.num_layers
+    return [_patch(vision) * count + pair * count**2 for count in patches]
 
 
 def _token(text: TextShape) -> float:

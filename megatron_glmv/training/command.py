@@ -19,6 +19,7 @@ from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
+from megatron_glmv.training.planned import plan_run
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
@@ -75,6 +76,8 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             stack.callback(metrics.close)
             job.events.say = metrics.note
         begin_run(job, config, models, state)
+        if metrics is not None and (planned := plan_run(config, platform.device_name(), dist.get_world_size())):
+            metrics.log_plan(state.step, planned)
         observer, stragglers = Observer(assembly), Stragglers(assembly)
         profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
         yield Run(

@@ -148,7 +148,7 @@ def advance(state: TrainState, config: TrainConfig, result: StepResult) -> None:
     state.consumed_rows += config.global_batch_rows
     state.consumed_tokens += result.trained_tokens
     state.skipped_steps += not result.applied
-    state.bad_samples += result.bad_samples
+    state.bad_samples += result.counts.bad_samples
 
 
 def describe_step(config: TrainConfig, state: TrainState, result: StepResult, seconds: float, wait_s: float) -> StepMetrics:
@@ -160,12 +160,13 @@ def describe_step(config: TrainConfig, state: TrainState, result: StepResult, se
         grad_norm=result.grad_norm,
         applied=result.applied,
         trained_tokens=result.trained_tokens,
-        useful_tokens=result.useful_tokens,
+        useful_tokens=result.counts.useful_tokens,
         total_tokens=config.global_batch_rows * config.data.sequence_length,
-        images=result.images,
+        images=result.counts.images,
         seconds=seconds,
         loader_wait_s=wait_s,
-        flops=result.flops,
+        flops=result.counts.flops,
+        skew=result.counts.skew,
         skipped_steps=state.skipped_steps,
         bad_samples=state.bad_samples,
     )

@@ -46,6 +46,8 @@ class StepMetrics:
     """Of these, spent waiting for rows, on the slowest rank that was asked."""
     flops: Mapping[str, float] = field(default_factory=dict)
     """Floating-point operations that the model needs for this batch, forward and backward, by tower."""
+    skew: Mapping[str, float] = field(default_factory=dict)
+    """Work of the costliest replica, and of the ranks with the costliest frames, over the mean."""
     skipped_steps: int = 0
     """Steps of the whole run whose gradients were not finite."""
     bad_samples: int = 0
@@ -97,6 +99,15 @@ class MetricsWriter:
         self._interval.clear()
         self._recorder.write(record, "train")
         self._recorder.show(describe(record, self._total_steps), important=last or not metrics.applied)
+
+    def log_plan(self, step: int, planned: Mapping[str, Any]) -> None:
+        """Report what the plan expects of the steps after `step`."""
+        self._recorder.expect(step, self._total_steps, planned, "train")
+        memory = max(planned["observed"]["memory_gb"].values())
+        self._recorder.note(
+            f"planned: {planned['step_s']:.2f} s a step, {format_count(planned['tokens_per_s'])} useful tokens/s, "
+            f"MFU {planned['mfu']:.1%}, at most {memory:.1f} GB a rank"
+        )
 
     def log_evaluation(self, step: int, loss: float, tokens: int) -> None:
         """Report the loss on held-out rows after `step` steps."""
@@ -163,6 +174,9 @@ def summarize(interval: list[StepMetrics], num_ranks: int, peak_tflops: float | 
         "skipped_steps": last.skipped_steps,
         "bad_samples": last.bad_samples,
     }
+    skews = {name: [m.skew[name] for m in interval if name in m.skew] for m in interval for name in m.skew}
+    if skews:
+        record["skew"] = {name: sum(values) / len(values) for name, values in skews.items()}
     if flops:
         record["tflops_per_rank"] = tflops
         record["flops_share"] = {tower: count / sum(flops.values()) for tower, count in flops.items()}

@@ -56,6 +56,15 @@ class Recorder:
             for name, histogram in observation.histograms.items():
                 _add_histogram(self._board, name, histogram, step)
 
+    def expect(self, first_step: int, last_step: int, numbers: Mapping[str, Any], kind: str) -> None:
+        """Record what is expected of these steps; TensorBoard draws it as a run of its own over the measured curves."""
+        self._file.write(json.dumps({"step": first_step, "planned": _plain(numbers)}) + "\n")
+        if self._board is not None:
+            with _open_board(self._folder / "tensorboard" / "planned", first_step) as board:
+                for key, value in _scalars(numbers):
+                    for step in (first_step, last_step):
+                        board.add_scalar(f"{kind}/{key}", value, step)
+
     def show(self, text: str, *, important: bool = False) -> None:
         """Show how far the run is, over the line before."""
         self._line.show(text, important=important)

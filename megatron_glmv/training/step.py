@@ -20,12 +20,12 @@ from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.model.inputs import FrameShare, ModelInputs, make_inputs
 from megatron_glmv.parallel import groups, platform
-from megatron_glmv.plan.flops import Flops, row_flops
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
 from megatron_glmv.sequence.transfer import to_device
 from megatron_glmv.training.agreement import Agreement
 from megatron_glmv.training.assemble import Assembly
+from megatron_glmv.training.batch_counts import BatchCounts, count_batch
 from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 
@@ -40,14 +40,7 @@ class StepResult:
     loss: float
     """Mean loss of the trained tokens of the global batch."""
     trained_tokens: int
-    useful_tokens: int
-    """Tokens of the global batch that are not padding."""
-    images: int
-    """Frames of the global batch that the vision tower saw."""
-    bad_samples: int
-    """Samples of the global batch whose pictures did not decode, and which were therefore not trained on."""
-    flops: dict[str, float]
-    """Operations that the model needs for the global batch, forward and backward, by tower."""
+    counts: BatchCounts
     learning_rates: dict[Part, float]
     grad_norm: float
     applied: bool
@@ -79,10 +72,8 @@ def train_step(assembly: Assembly, batch: StepRows, step: int, *, guard: Guard |
     outcome = step_optimizer(
         assembly.optimizer, accept=lambda norm: guard is None or not guard.find_spike(loss, norm), stop=stop
     )
-    useful, images, bad_samples, flops = _count(assembly, rows, bad)
-    return StepResult(
-        loss, tokens, useful, images, bad_samples, flops, rates, outcome.grad_norm, outcome.applied, outcome.agreement
-    )
+    counts = count_batch(assembly.config, assembly.shape, rows, bad)
+    return StepResult(loss, tokens, counts, rates, outcome.grad_norm, outcome.applied, outcome.agreement)
 
 
 @torch.no_grad()
@@ -219,15 +210,3 @@ def reduce_loss(outputs: list[Tensor]) -> tuple[float, int]:
     if dist.get_world_size(pipeline) > 1:
         dist.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=pipeline)
     return float(total[0] / total[1].clamp(min=1)), int(total[1])
-
-
-def _count(assembly: Assembly, rows: Sequence[PackedSequence], bad: int) -> tuple[int, int, int, dict[str, float]]:
-    """Useful tokens, frames, bad samples and operations of the global batch."""
-    model = assembly.config.model
-    flops = sum((row_flops(assembly.shape, row, model.freeze, model.lora) for row in rows), Flops())
-    towers = {"vision": flops.vision, "merger": flops.merger, "text": flops.text, "head": flops.head}
-    useful, images = sum(row.num_useful for row in rows), sum(len(row.frames) for row in rows)
-    counts = torch.tensor([useful, images, bad, *towers.values()], dtype=torch.float64, device=platform.device())
-    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    useful, images, bad, *operations = counts.tolist()
-    return int(useful), int(images), int(bad), dict(zip(towers, operations, strict=True))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_glmv.config.base import load
 from megatron_glmv.config.count import count_parameters
+from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.training import MetricsConfig, TrainConfig
+from megatron_glmv.data.loader import RowStream
+from megatron_glmv.plan.flops import forward_flops
+from megatron_glmv.sequence.packed import PackedSequence
 from megatron_glmv.training.recorder import Recorder, read_metrics
 from tests.data.rows import LENGTH, write_rows
 from tests.stages import start_stage
 
-LAYOUTS = {"pipeline": ({"tensor": 1, "pipeline": 2}, 2), "tensor x data": ({"tensor": 2}, 4)}
+LAYOUTS = {"pipeline": ({"tensor": 1, "pipeline": 2}, 2), "tensor x data": ({"tensor": 2, "vision": "images"}, 4)}
+HARDWARE = {"name": "slow", "fp32_tflops": 0.1, "memory_gb": 8, "memory_gbs": 10, "gpus_per_node": 2}
 
 
-def run(folder: Path, data: Path, layout: dict[str, int], ranks: int) -> Path:
+def run(folder: Path, data: Path, layout: dict[str, Any], ranks: int) -> Path:
+    (folder / "hardware.yaml").write_text(json.dumps(HARDWARE), encoding="utf-8")
     tree: dict[str, Any] = {
         "run_folder": str(folder / "run"),
         "steps": 4,
@@ -35,7 +43,7 @@ def run(folder: Path, data: Path, layout: dict[str, int], ranks: int) -> Path:
         "precision": {"dtype": "fp32", "layers": "torch"},
         "data": {"sequence_length": LENGTH, "decode_threads": 1, "sources": [{"name": "rows", "path": str(data)}]},
         "optimizer": {"lr": 0.002, "clip_grad_norm": 0.1},
-        "metrics": {"observe_every_steps": 2},
+        "metrics": {"observe_every_steps": 2, "hardware": str(folder / "hardware.yaml")},
         "profile": {"first_step": 3, "steps": 2, "ranks": [1]},
     }
     file = folder / "run.yaml"
@@ -94,6 +102,70 @@ def test_histograms_count_every_parameter_once(runs: dict[str, Path], layout: st
         # Values are taken to lie in the middle of bins an octave wide.
         assert histogram.sum_squares == pytest.approx(norm**2, rel=0.25)
         assert board.Histograms(f"gradients/{part}")[-1].histogram_value.num == number
+
+
+def batch(folder: Path, step: int) -> Sequence[PackedSequence]:
+    """The rows of one step, all replicas together."""
+    config = load(TrainConfig, [folder.parent / "run.yaml"])
+    stream = RowStream(
+        config.data.sources,
+        config.data,
+        config.model.shape,
+        seed=config.seed,
+        global_batch_rows=config.global_batch_rows,
+        data_rank=0,
+        data_size=1,
+        decode=False,
+        align=1,
+    )
+    try:
+        return stream.step(step).rows
+    finally:
+        stream.close()
+
+
+def least_uneven(costs: Sequence[float]) -> float:
+    """Costlier half over the mean, in the best of all divisions in two."""
+    whole = sum(costs)
+    sides = [sum(part) for size in range(len(costs) + 1) for part in combinations(costs, size)]
+    return min(max(side, whole - side) for side in sides) * 2 / whole
+
+
+def test_what_is_left_of_the_skew_is_reported(runs: dict[str, Path]) -> None:
+    """Against the operations of the same rows (plan/flops.py), tried in every division; frames go largest first."""
+    shape = ModelConfig(preset="digits").shape
+    reported = [record["skew"] for record in read_metrics(runs["tensor x data"] / "metrics.jsonl") if "loss" in record]
+    assert len(reported) == 4
+    for step, skew in enumerate(reported):
+        rows = batch(runs["tensor x data"], step)
+        lengths = [[end - start for _, start, end in row.documents] for row in rows]
+        frames = [[(int(high), int(wide)) for high, wide in row.frames.tolist()] for row in rows]
+        padding = [len(row.tokens) - sum(length) for row, length in zip(rows, lengths, strict=True)]
+        token = forward_flops(shape, [1], [])
+        costs = [
+            forward_flops(shape, of, shown).total + (token.text_linear + token.head) * pad
+            for of, shown, pad in zip(lengths, frames, padding, strict=True)
+        ]
+        halves = [(costs[0] + costs[other]) * 2 / sum(costs) for other in (1, 2, 3)]
+        assert skew["replicas"] == pytest.approx(min(max(half, 2 - half) for half in halves), abs=2e-3)
+        each = [[forward_flops(shape, [], [frame]).total for frame in shown] for shown in frames if shown]
+        weights = [sum(of) for of in each]
+        best = sum(least_uneven(of) * weight for of, weight in zip(each, weights, strict=True)) / sum(weights)
+        assert best - 1e-9 <= skew["frames"] <= 7 / 6 * best
+    assert not any("skew" in record for record in read_metrics(runs["pipeline"] / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_plan_stands_beside_the_measurement(runs: dict[str, Path], layout: str) -> None:
+    """The same names in TensorBoard, and at both ends of the run; the plan itself has tests of its own."""
+    planned = next(record["planned"] for record in read_metrics(runs[layout] / "metrics.jsonl") if "planned" in record)
+    measured, drawn = (EventAccumulator(str(runs[layout] / "tensorboard" / where)).Reload() for where in ("", "planned"))
+    assert set(drawn.Tags()["scalars"]) - set(measured.Tags()["scalars"]) <= {"train/mfu", "train/skew/replicas"}
+    assert [(event.step, event.value) for event in drawn.Scalars("train/step_s")] == [
+        (step, pytest.approx(planned["step_s"])) for step in (0, 4)
+    ]
+    assert list(planned["observed"]["memory_gb"]) == [str(stage) for stage in range(LAYOUTS[layout][0].get("pipeline", 1))]
+    assert planned["tokens_per_s"] > 0 and 0 < planned["mfu"] < 1
 
 
 def test_the_chosen_rank_leaves_a_trace(runs: dict[str, Path]) -> None:
