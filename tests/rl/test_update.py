@@ -30,7 +30,13 @@ WHOLE = 1e-6
 PACKINGS = {"one a row": [[0], [1], [2], [3]], "two a row": [[3, 0], [1, 2]], "all in one": [[2, 0, 3, 1], []]}
 LAYOUTS = {
     1: {"one": {}},
-    2: {"data 2": {}, "tensor 2": {"tensor": 2}, "pipeline 2": {"pipeline": 2}, "context 2": {"context": 2}},
+    2: {
+        "data 2": {},
+        "tensor 2": {"tensor": 2},
+        "pipeline 2": {"pipeline": 2},
+        "context 2": {"context": 2},
+        "images": {"tensor": 2, "vision": "images"},
+    },
 }
 
 
