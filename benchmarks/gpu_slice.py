@@ -32,7 +32,7 @@ from megatron_glmv.config.model import PRESETS, ModelConfig, ModelShape
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.data.media import Picture
-from megatron_glmv.data.shards import ShardWriter
+from megatron_glmv.data.shard_writer import ShardWriter
 from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.parallel import groups, platform

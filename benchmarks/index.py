@@ -63,7 +63,7 @@ MEASURE = """
 import resource, sys, time
 from pathlib import Path
 from megatron_glmv.data.order import GlobalOrder
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6

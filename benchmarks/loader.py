@@ -36,7 +36,7 @@ from megatron_glmv.config.model import ModelConfig, ModelShape
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.data.media import Picture
 from megatron_glmv.data.resize import resize
-from megatron_glmv.data.shards import ShardWriter
+from megatron_glmv.data.shard_writer import ShardWriter
 from megatron_glmv.sequence.grid import PixelLimits, image_grid, smart_resize
 from megatron_glmv.sequence.packed import Document
 

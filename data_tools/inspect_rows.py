@@ -23,7 +23,7 @@ from data_tools.row_page import RowPage
 from megatron_glmv.config.base import InputError
 from megatron_glmv.data.chat import Chat
 from megatron_glmv.data.index import ShardError
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 
 DEFAULT_ROWS = 12
 MAX_ADDED = 20

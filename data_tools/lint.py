@@ -16,7 +16,7 @@ import numpy as np
 from megatron_glmv.data.chat import ROLE_TOKENS, STOPS, VIDEO, Chat
 from megatron_glmv.data.format import TAGS, AnswerFormat, check_answer
 from megatron_glmv.data.index import PackedIndex
-from megatron_glmv.data.shards import StoredRow
+from megatron_glmv.data.shard_reader import StoredRow
 from megatron_glmv.sequence.packed import Document
 
 LINTS = {

@@ -30,7 +30,7 @@ from megatron_glmv.data.media import Clip, Picture
 from megatron_glmv.data.packing import pack_lengths
 from megatron_glmv.data.picture_files import PictureError, convert_picture
 from megatron_glmv.data.sample import SampleError
-from megatron_glmv.data.shards import ShardWriter
+from megatron_glmv.data.shard_writer import ShardWriter
 from megatron_glmv.sequence.cost import cost_model
 from megatron_glmv.sequence.packed import Document
 

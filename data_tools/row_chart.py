@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.lint import visual_runs
-from megatron_glmv.data.shards import StoredRow
+from megatron_glmv.data.shard_reader import StoredRow
 from megatron_glmv.sequence.positions import multimodal_positions
 
 WIDTH, HEIGHT, BAND = 1000, 120, 14

@@ -22,7 +22,7 @@ from data_tools.row_chart import draw_row
 from data_tools.thumbnails import draw_thumbnails
 from megatron_glmv.data.chat import Chat
 from megatron_glmv.data.index import PackedIndex
-from megatron_glmv.data.shards import StoredRow
+from megatron_glmv.data.shard_reader import StoredRow
 from megatron_glmv.sequence.packed import Document
 
 FOLDER = Path(__file__).parent

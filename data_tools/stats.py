@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from data_tools.inspect_rows import choose_rows
 from megatron_glmv.config.model import ModelConfig
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 from megatron_glmv.sequence.cost import cost_model
 
 mpl.use("Agg")

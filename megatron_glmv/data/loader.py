@@ -24,7 +24,7 @@ from megatron_glmv.config.model import ModelShape
 from megatron_glmv.data.index import check_compatible
 from megatron_glmv.data.order import Draw, GlobalOrder
 from megatron_glmv.data.row_media import BadDocument, MediaDecoder, moving_frames
-from megatron_glmv.data.shards import ShardReader, StoredRow
+from megatron_glmv.data.shard_reader import ShardReader, StoredRow
 from megatron_glmv.sequence.cost import CostModel, cost_model
 from megatron_glmv.sequence.packed import PackedSequence, pack
 
@@ -203,6 +203,7 @@ class _ReadAhead:
         self._thread.start()
 
     def take(self) -> _BuiltRow:
+        """The next row; waits for it, and raises what the thread met in its place."""
         with self._changed:
             self._changed.wait_for(lambda: self._buffer or self._error)
             if not self._buffer:
@@ -212,6 +213,7 @@ class _ReadAhead:
             return self._buffer.popleft()
 
     def close(self) -> None:
+        """End the thread, which finishes the row that it is at."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_glmv.config.model import VisionShape
 from megatron_glmv.data.images import EncodedPicture, PictureDecoder
 from megatron_glmv.data.media import BadMedia, Media
-from megatron_glmv.data.shards import StoredRow
+from megatron_glmv.data.shard_reader import StoredRow
 from megatron_glmv.data.video_frames import EncodedVideo, VideoDecoder
 
 GREY = 128

@@ -12,7 +12,7 @@ from PIL import Image
 from megatron_glmv.config.model import ModelConfig, ModelShape
 from megatron_glmv.data.index import PackedIndex
 from megatron_glmv.data.media import Clip, Picture
-from megatron_glmv.data.shards import ShardWriter
+from megatron_glmv.data.shard_writer import ShardWriter
 from megatron_glmv.data.videos import VideoSettings, plan_video, read_video_header
 from megatron_glmv.sequence.grid import PixelLimits, image_grid
 from megatron_glmv.sequence.packed import Document

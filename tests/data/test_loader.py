@@ -21,7 +21,7 @@ from megatron_glmv.data.images import EncodedPicture, PictureDecoder
 from megatron_glmv.data.index import ShardError
 from megatron_glmv.data.loader import DataError, RowStream, StepRows
 from megatron_glmv.data.media import Clip, Picture
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 from megatron_glmv.data.video_frames import EncodedVideo, VideoDecoder
 from megatron_glmv.plan.flops import forward_flops
 from megatron_glmv.sequence.packed import RowError, mask_documents

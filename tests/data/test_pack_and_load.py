@@ -14,7 +14,7 @@ from data_tools import cli
 from megatron_glmv.config.data import DataConfig, SourceConfig
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.data.loader import RowStream
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 from megatron_glmv.data.videos import read_video_header
 from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.sequence.patches import normalize_patches

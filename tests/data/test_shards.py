@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_glmv.data import shards
+from megatron_glmv.data import shard_reader
 from megatron_glmv.data.index import ShardError, check_compatible, read_index
-from megatron_glmv.data.shards import OPEN_SHARDS, Picture, ShardReader, ShardWriter
+from megatron_glmv.data.media import Picture
+from megatron_glmv.data.shard_reader import OPEN_SHARDS, ShardReader
+from megatron_glmv.data.shard_writer import ShardWriter
 from megatron_glmv.sequence.packed import Document
 from tests.data.rows import LENGTH, LIMITS, SHAPE, default_pictures, document, write_rows
 
@@ -161,8 +163,8 @@ def test_damage_is_one_line_at_the_start(folder, file, damage, message):
 
 
 def test_shards_beyond_those_checked_at_the_start_are_checked_when_first_read(folder, monkeypatch):
-    monkeypatch.setattr(shards, "CHECKED_SHARDS", 1)
-    monkeypatch.setattr(shards, "OPEN_TABLES", 1)
+    monkeypatch.setattr(shard_reader, "CHECKED_SHARDS", 1)
+    monkeypatch.setattr(shard_reader, "OPEN_TABLES", 1)
     rows = [ShardReader(folder).measures(row) for row in (7, 0, 7)]
     assert rows[0] == rows[2] != rows[1]
     reader = ShardReader(folder)

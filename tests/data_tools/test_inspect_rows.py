@@ -18,7 +18,7 @@ from data_tools.lint import LINTS, Linter
 from data_tools.pack_rows import RowSettings
 from megatron_glmv.data.chat import Chat
 from megatron_glmv.data.sample import parse_sample
-from megatron_glmv.data.shards import ShardReader, StoredRow
+from megatron_glmv.data.shard_reader import ShardReader, StoredRow
 from megatron_glmv.sequence.grid import Grid
 from megatron_glmv.sequence.packed import Document
 from megatron_glmv.sequence.positions import multimodal_positions

@@ -33,7 +33,7 @@ from megatron_glmv.data.chat import Chat
 from megatron_glmv.data.index import check_compatible
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.data.sample import SampleError, parse_sample
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 from megatron_glmv.data.videos import plan_video, read_video_header
 from megatron_glmv.sequence.grid import image_grid
 from tests.data.clips import clip

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_tools import cli, stats
-from megatron_glmv.data.shards import ShardReader
+from megatron_glmv.data.shard_reader import ShardReader
 from tests.data.rows import write_rows
 
 

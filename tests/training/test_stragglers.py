@@ -29,7 +29,7 @@ def run_slowly(rank: int, file: str) -> None:
     """Two replicas: one sleeps in a layer, the other's disk takes its time."""
     import torch
 
-    from megatron_glmv.data.shards import ShardReader
+    from megatron_glmv.data.shard_reader import ShardReader
     from megatron_glmv.parallel import groups
     from megatron_glmv.training.command import open_run
     from megatron_glmv.training.events import EventLog
