@@ -9,7 +9,8 @@ from typing import Any
 from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.summary import short
 from megatron_glmv.config.training import StageConfig
-from megatron_glmv.plan.estimate import Plan, StageMemory
+from megatron_glmv.plan.estimate import Plan
+from megatron_glmv.plan.memory import StageMemory
 from megatron_glmv.plan.rows import RowSample
 from megatron_glmv.plan.search import override_line
 

@@ -6,6 +6,7 @@ squares of its documents and frames, which is what attention costs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.training import StageConfig, TrainConfig
 from megatron_glmv.data.index import COLUMNS, INDEX, read_index
 
@@ -24,6 +26,8 @@ PATCHES_PER_IMAGE = 1024
 """Patches of a picture where nothing is known: 448 x 448 pixels, 256 tokens."""
 IMAGE_EVERY_TOKENS = 1024
 """Without data and without --images-per-row, one picture for so many tokens of a row: a quarter of the tokens is visual."""
+PROMPT_TOKENS = 512
+"""Tokens of a prompt in reinforcement learning."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,24 @@ def sample_rows(config: StageConfig, assumed: RowAssumptions, folders: Sequence[
     if not weighed or assumed.images_per_row is not None:
         return _assumed(config.sequence_length, assumed)
     return _measured(weighed, missing, assumed)
+
+
+def global_rows(config: StageConfig, data: int, answer_tokens: float | None = None) -> int:
+    """Rows of one step; in reinforcement learning all rows of an iteration's updates, as many as its answers fill.
+
+    Args:
+        config: the stage.
+        data: data-parallel size.
+        answer_tokens: of an answer in reinforcement learning; None: half of the longest.
+    """
+    if isinstance(config, TrainConfig):
+        return config.global_batch_rows
+    assert isinstance(config, RlConfig)
+    answers = config.sampling.prompts_per_step * config.sampling.group_size
+    length = answer_tokens or config.max_answer_tokens / 2
+    unit = data * (config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1)
+    rows = math.ceil(answers * (length + PROMPT_TOKENS) / config.sequence_length)
+    return max(unit, -(-rows // unit) * unit)
 
 
 def _assumed(length: int, assumed: RowAssumptions) -> RowSample:

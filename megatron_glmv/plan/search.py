@@ -13,7 +13,8 @@ from megatron_glmv.config.base import ConfigError
 from megatron_glmv.config.parallel import ParallelConfig, RecomputeConfig
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.plan.devices import Hardware
-from megatron_glmv.plan.estimate import Plan, estimate, stage_memory
+from megatron_glmv.plan.estimate import Plan, estimate
+from megatron_glmv.plan.memory import stage_memory
 from megatron_glmv.plan.rows import RowSample
 from megatron_glmv.plan.timing import StageTimes
 

@@ -85,6 +85,12 @@ def chunk_parameters(model: ModelConfig, layout: ParallelConfig, stage: int, chu
     return tuple(found)
 
 
+def stage_parameters(config: StageConfig, stage: int) -> list[RankParameter]:
+    """Every parameter of one pipeline stage on each tensor rank, all its chunks together."""
+    chunks = range(config.parallel.virtual_pipeline)
+    return [each for chunk in chunks for each in chunk_parameters(config.model, config.parallel, stage, chunk)]
+
+
 def _adapter(weight: Entry, part: Part, lora: LoraConfig, shape: ModelShape, tensor: int) -> list[RankParameter]:
     """A and B of a linear module's adapters: model/lora.py says how tensor ranks share them."""
     layers = adapted_layers(lora, shape)
