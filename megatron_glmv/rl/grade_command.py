@@ -28,9 +28,9 @@ from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.rl.grade_counts import Count, CountFile, CountFolder, Counts, GradeError, different, read_json, write_json
 from megatron_glmv.rl.grade_models import Answering, Model, count_rollouts
 from megatron_glmv.rl.grading import TIERS, grade
+from megatron_glmv.rl.json_lines import as_line
 from megatron_glmv.rl.prompts import PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
-from megatron_glmv.rl.rollout_files import as_line
 from megatron_glmv.rl.types import Task
 
 ROLLOUTS = "rollouts"

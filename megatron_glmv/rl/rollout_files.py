@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_glmv.rl.advantage import GroupAdvantages
+from megatron_glmv.rl.json_lines import as_line
 from megatron_glmv.rl.types import Answer, Group
 
 FOLDER = "rollouts"
@@ -41,16 +41,6 @@ def write_rollouts(
             line = _describe(group, values) | {"step": step, "chosen": place in chosen, "tier": tier}
             file.write(as_line(line) + "\n")
     partial.replace(path)
-
-
-def as_line(tree: Mapping[str, Any]) -> str:
-    """One line of JSON, with characters as they are where UTF-8 can hold them."""
-    text = json.dumps(tree, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return json.dumps(tree)
-    return text
 
 
 def _describe(group: Group, advantages: Sequence[float | None]) -> dict[str, Any]:

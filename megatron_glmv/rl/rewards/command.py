@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_glmv.config.base import InputError
 from megatron_glmv.config.rewards import RewardsConfig
+from megatron_glmv.rl.json_lines import as_line
 from megatron_glmv.rl.rewards.registry import settings_of
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rewards.tally import Tally
@@ -230,21 +231,11 @@ def _finish(out: Path, partial: Path, lines: Sequence[Line], done: Mapping[str, 
         with ordered.open("w", encoding="utf-8") as sink:
             for line in lines:
                 reward = {**asdict(done[line.digest]), "line": line.number, "digest": line.digest}
-                sink.write(_text({**line.tree, "reward": reward}) + "\n")
+                sink.write(as_line({**line.tree, "reward": reward}) + "\n")
         ordered.replace(out)
         partial.unlink()
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from None
-
-
-def _text(tree: Mapping[str, Any]) -> str:
-    """One line of JSON, with characters as they are where UTF-8 can hold them."""
-    text = json.dumps(tree, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return json.dumps(tree)
-    return text
 
 
 def _report(
