@@ -18,10 +18,9 @@ from megatron_glmv.convert.lora import adapter_plans
 from megatron_glmv.convert.parameters import local_adapters, local_parameters
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.parallel import groups
-from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
-from megatron_glmv.training.step import reduce_loss, run_schedule
+from megatron_glmv.training.assemble import assemble, assemble_model
 from tests.model import oracle
-from tests.model.layouts import make_rows, train_config
+from tests.model.layouts import Result, forward_and_backward, train_config
 
 EVERYTHING = ("*",)
 SOME = ("language_model.layers.[13].*.q_proj", "v_proj", "visual.blocks.1.mlp.up_proj", "merger.gate_proj", "merger.down_proj")
@@ -66,9 +65,6 @@ def is_split(split: str, kind: str) -> bool:
     return split == "columns" if kind == "lora_A" else split in ("rows", "gated_rows")
 
 
-Result = tuple[float, float, dict[str, Tensor]]
-
-
 def losses_and_gradients(
     rank: int, folder: str, cases: Sequence[tuple[Any, dict[str, Any], dict[str, str], dict[str, Any]]]
 ) -> dict[str, Result] | None:
@@ -109,14 +105,6 @@ def _one_layout(config: TrainConfig) -> Result:
     gradients = {name: parameter.main_grad.clone() for name, parameter in local_adapters(models).items()}
     dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), gradients))
     return loss, norm, join(gathered, config)
-
-
-def forward_and_backward(assembly: Assembly) -> float:
-    """The global batch's mean loss; the gradients lie where Megatron puts them."""
-    rows = make_rows(assembly.shape)
-    share = len(rows) // groups.data_size()
-    own = rows[groups.data_rank() * share :][:share]
-    return reduce_loss(run_schedule(assembly, own, forward_only=False))[0]
 
 
 def join(gathered: list[tuple[int, dict[str, Tensor]]], config: TrainConfig) -> dict[str, Tensor]:

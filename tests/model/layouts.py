@@ -19,10 +19,14 @@ from megatron_glmv.convert.parameters import local_parameters
 from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.parallel import groups
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
-from megatron_glmv.training.assemble import assemble, assemble_model
+from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
 from megatron_glmv.training.step import reduce_loss, run_schedule
 from tests.model import oracle
 
+Result = tuple[float, float, dict[str, Tensor]]
+"""Mean loss, norm of the gradient, and the whole gradient by name."""
+GATE = 1e-5
+"""Relative; tests/model/test_layouts.py says why."""
 LENGTH = 256
 ALIGN = 8
 
@@ -75,22 +79,19 @@ def train_config(folder: str, layout: dict[str, Any], recompute: dict[str, str])
 
 def losses_and_gradients(
     rank: int, variant: str, folder: str, layouts: Sequence[tuple[str, dict[str, Any], dict[str, str]]]
-) -> dict[str, tuple[float, float, dict[str, Tensor]]] | None:
+) -> dict[str, Result] | None:
     """For each (name, layout, recompute) the batch's mean loss, its gradient's norm and the gradient by name, on rank 0."""
     results = {name: _one_layout(variant, train_config(folder, layout, recompute)) for name, layout, recompute in layouts}
     return results if rank == 0 else None
 
 
-def _one_layout(variant: str, config: TrainConfig) -> tuple[float, float, dict[str, Tensor]]:
+def _one_layout(variant: str, config: TrainConfig) -> Result:
     groups.initialize(config.parallel, seed=1)
     shape = config.model.shape
     models = build_model(shape, config.parallel, config.precision, config.recompute)
     from_state_dict(models, oracle.random_model(variant).state_dict(), shape)
     assembly = assemble(config, models)
-    rows = make_rows(shape)
-    share = len(rows) // groups.data_size()
-    own = rows[groups.data_rank() * share : (groups.data_rank() + 1) * share]
-    loss, _ = reduce_loss(run_schedule(assembly, own, forward_only=False))
+    loss = forward_and_backward(assembly)
     assembly.optimizer.prepare_grads()
     norm = float(assembly.optimizer.get_grad_norm())
     local = {name: parameter.main_grad.clone() for name, parameter in local_parameters(models).items()}
@@ -98,6 +99,26 @@ def _one_layout(variant: str, config: TrainConfig) -> tuple[float, float, dict[s
     dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
     parallel_state.destroy_model_parallel()
     return loss, norm, _join(gathered, shape)
+
+
+def forward_and_backward(assembly: Assembly) -> float:
+    """The global batch's mean loss; the gradients lie where Megatron puts them."""
+    rows = make_rows(assembly.shape)
+    share = len(rows) // groups.data_size()
+    own = rows[groups.data_rank() * share :][:share]
+    return reduce_loss(run_schedule(assembly, own, forward_only=False))[0]
+
+
+def assert_same(found: Result, reference: Result) -> None:
+    """Loss, norm and every gradient of a layout within the gate of those of one rank."""
+    loss, norm, gradient = found
+    reference_loss, reference_norm, whole = reference
+    assert abs(loss - reference_loss) <= GATE * reference_loss, f"loss {loss}, on one rank {reference_loss}"
+    assert abs(norm - reference_norm) <= GATE * reference_norm, f"norm {norm}, on one rank {reference_norm}"
+    assert gradient.keys() == whole.keys(), f"only in one of both: {sorted(gradient.keys() ^ whole.keys())}"
+    differences = {name: float((gradient[name] - expected).norm() / expected.norm()) for name, expected in whole.items()}
+    name = max(differences, key=differences.__getitem__)
+    assert differences[name] <= GATE, f"{name} differs by {differences[name]:.1e}"
 
 
 def _join(gathered: list[tuple[int, dict[str, Tensor]]], shape: ModelShape) -> dict[str, Tensor]:
