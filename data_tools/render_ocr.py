@@ -24,12 +24,13 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.corpus import arguments
-from data_tools.corpus.checks import MAX_PIXELS, Loaded
+from data_tools.corpus.checks import Loaded
 from data_tools.corpus.faults import Dropped, Fault
 from data_tools.corpus.media import MediaRef, Place, Record
 from data_tools.corpus.pipeline import Context
 from data_tools.corpus.reader import CorpusError
 from data_tools.grounding import scale_box, write_boxes
+from megatron_glmv.data.media import MAX_PIXELS
 from megatron_glmv.data.sample import Item, Message, Sample
 
 READ = "Read the text in the picture, line by line."

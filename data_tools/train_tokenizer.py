@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from megatron_glmv.data.fast_tokenizer import PROBES, SPACE, SPECIALS, build_fast_tokenizer, check_equal, tokenizer_config
 from megatron_glmv.data.sample import parse_sample
+from megatron_glmv.sequence.grid import IMAGE_LIMITS, VIDEO_LIMITS
 
 VISIBLE_SPECIALS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>", "<answer>", "</answer>")
 """Ids 17 to 22, after `SPECIALS` (1 to 16): single tokens that stay in decoded text, because answers are parsed by them."""
@@ -30,8 +31,6 @@ UNKNOWN = "<unk>"
 SMALLEST_VOCABULARY = 1 + len(SPECIALS) + len(VISIBLE_SPECIALS) + 256
 NUM_COMPARED = 2000
 """Corpus texts on which both tokenizers are compared."""
-IMAGE_LIMITS = (12_544, 9_633_792)
-VIDEO_MAX_PIXELS = 47_040_000
 
 CHAT_TEMPLATE = """\
 [gMASK]<sop>
@@ -145,7 +144,7 @@ def write_folder(out: Path, model: bytes, fast: Tokenizer, min_pixels: int, max_
               "resample": 3, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
               "processor_class": "Glm4vProcessor"}  # fmt: skip
     size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-    video_size = {"shortest_edge": min_pixels, "longest_edge": max(max_pixels, VIDEO_MAX_PIXELS)}
+    video_size = {"shortest_edge": min_pixels, "longest_edge": max(max_pixels, VIDEO_LIMITS.max_pixels)}
     configs = {
         "preprocessor_config.json": {"image_processor_type": "Glm4vImageProcessor", "size": size, **shared},
         "video_preprocessor_config.json": {"video_processor_type": "Glm4vVideoProcessor", "size": video_size, "fps": 2,
@@ -162,9 +161,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="processor folder to write")
     parser.add_argument("--input", type=Path, nargs="+", required=True, metavar="JSONL", help="files of samples to learn from")
     parser.add_argument("--vocab-size", type=int, default=384, help="pieces, exactly: the model's vocabulary (default 384)")
-    parser.add_argument("--min-pixels", type=int, default=IMAGE_LIMITS[0],
+    parser.add_argument("--min-pixels", type=int, default=IMAGE_LIMITS.min_pixels,
                         help="smallest picture after resizing, pixels x 2 frames (default %(default)s)")  # fmt: skip
-    parser.add_argument("--max-pixels", type=int, default=IMAGE_LIMITS[1],
+    parser.add_argument("--max-pixels", type=int, default=IMAGE_LIMITS.max_pixels,
                         help="largest picture after resizing, pixels x 2 frames (default %(default)s)")  # fmt: skip
 
 

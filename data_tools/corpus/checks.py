@@ -24,9 +24,8 @@ from data_tools.corpus.faults import Fault
 from data_tools.corpus.media import Kind, MediaRef, Record
 from data_tools.corpus.reader import read_media
 from data_tools.corpus.webdataset import EXTENSIONS
+from megatron_glmv.data.media import MAX_PIXELS
 
-MAX_PIXELS = 178_956_970
-"""A picture that claims more is not decoded; the loader's bound too."""
 PREVIEW = 256
 """Shorter side of a preview in pixels; the longer one is at most four times it."""
 VIDEO_FRAMES = 4

@@ -24,6 +24,7 @@ from megatron_glmv.config.model import ModelShape
 from megatron_glmv.convert.checkpoint_folder import CheckpointError, find
 from megatron_glmv.convert.hf_config import generation_config_json
 from megatron_glmv.data.fast_tokenizer import convert_sentencepiece, tokenizer_config
+from megatron_glmv.sequence.grid import VIDEO_LIMITS
 
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CONFIG, PROCESSOR_CONFIG = "tokenizer_config.json", "processor_config.json"
@@ -46,8 +47,8 @@ MEDIA_TOKENS = {
 """Token -> its field of `SpecialTokens`."""
 CLASSES = {"Glm4vProcessor": "Glm4vVideoProcessor", "Glm46VProcessor": "Glm46VVideoProcessor"}
 """Processors of the family, and their video processors."""
-VIDEO_LIMITS = {"shortest_edge": 12_544, "longest_edge": 47_040_000}
-"""Pixels x frames of a video after resizing; both video processors' own."""
+VIDEO_SIZE = {"shortest_edge": VIDEO_LIMITS.min_pixels, "longest_edge": VIDEO_LIMITS.max_pixels}
+"""Pixels x frames of a video after resizing, as both video processors write it."""
 VIDEO_SHARED = (
     "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb", "image_mean", "image_std", "resample", "patch_size",
     "temporal_patch_size", "merge_size", "processor_class",
@@ -214,7 +215,7 @@ def copy_processor(folder: Path, target: Path, shape: ModelShape) -> None:
 def _video_settings(image: dict[str, Any]) -> dict[str, Any]:
     shared = {key: image[key] for key in VIDEO_SHARED if key in image}
     name = CLASSES[image.get("processor_class", "Glm4vProcessor")]
-    return {"video_processor_type": name, "size": VIDEO_LIMITS, "fps": 2, **shared}
+    return {"video_processor_type": name, "size": VIDEO_SIZE, "fps": 2, **shared}
 
 
 def _load_tokenizer(folder: Path) -> tuple[Path, Tokenizer]:

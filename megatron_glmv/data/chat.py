@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 
 from megatron_glmv.data.sample import Message, Sample, SampleError
 from megatron_glmv.data.videos import DynamicRate, FixedRate, VideoPlan, VideoSettings, write_seconds
-from megatron_glmv.sequence.grid import Grid, PixelLimits
+from megatron_glmv.sequence.grid import VIDEO_LIMITS, Grid, PixelLimits
 from megatron_glmv.sequence.packed import Document
 
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -116,7 +116,8 @@ def read_video_settings(folder: Path) -> VideoSettings:
     names = [name.removesuffix("VideoProcessor").removesuffix("Processor") for name in (processor, sampler)]
     if not set(names) <= set(families):
         raise ProcessorError(f"{folder}: the processor's classes are {processor} and {sampler}, not of GLM-4.1V or GLM-4.6V")
-    size = {"shortest_edge": 12_544, "longest_edge": 47_040_000} | (tree.get("size") or {})
+    released = {"shortest_edge": VIDEO_LIMITS.min_pixels, "longest_edge": VIDEO_LIMITS.max_pixels}
+    size = released | (tree.get("size") or {})
     fixed = FixedRate(float(tree.get("fps") or 2), float(tree.get("max_duration") or 300))
     try:
         limits = PixelLimits(int(size["shortest_edge"]), int(size["longest_edge"]))

@@ -23,12 +23,10 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from megatron_glmv.sequence.grid import Grid, PixelLimits, smart_resize
+from megatron_glmv.sequence.grid import VIDEO_LIMITS, Grid, PixelLimits, smart_resize
 
 TEMPORAL = 2
 """Frames that one temporal patch covers."""
-VIDEO_LIMITS = PixelLimits(12_544, 47_040_000)
-"""What both generations resize to where the folder does not say."""
 MAX_FRAME_PIXELS = 8192 * 4352
 """A video that claims larger frames is not decoded; 8K is 7680 x 4320."""
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"

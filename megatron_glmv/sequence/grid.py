@@ -21,6 +21,11 @@ class PixelLimits:
     max_pixels: int = 9_633_792
 
 
+IMAGE_LIMITS = PixelLimits()
+VIDEO_LIMITS = PixelLimits(max_pixels=47_040_000)
+"""Of the released processors, both generations."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Patches of one picture or video: temporal patches x rows x columns (unmerged)."""

@@ -23,7 +23,7 @@ from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.processor import (
     CLASSES,
     COPIED,
-    VIDEO_LIMITS,
+    VIDEO_SIZE,
     ProcessorError,
     check_processor,
     check_tokenizer,
@@ -124,7 +124,7 @@ def test_a_client_loads_processor_and_model_of_both_classes(variant: str, tmp_pa
     assert type(processor.image_processor).__name__ == f"{family}ImageProcessor"
     assert type(processor.video_processor).__name__ == f"{family}VideoProcessor" == CLASSES[f"{family}Processor"]
     assert processor.image_processor.size["longest_edge"] == 9_633_792
-    assert {edge: processor.video_processor.size[edge] for edge in VIDEO_LIMITS} == VIDEO_LIMITS
+    assert {edge: processor.video_processor.size[edge] for edge in VIDEO_SIZE} == VIDEO_SIZE
     model, loading = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
     assert not any(loading.values()), loading
     assert type(model).__name__ == f"{family}ForConditionalGeneration"

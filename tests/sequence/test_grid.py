@@ -8,10 +8,8 @@ import pytest
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as hf_smart_resize
 
-from megatron_glmv.sequence.grid import Grid, PixelLimits, image_grid, smart_resize
+from megatron_glmv.sequence.grid import IMAGE_LIMITS, VIDEO_LIMITS, Grid, PixelLimits, image_grid, smart_resize
 
-LIMITS = PixelLimits()
-VIDEO_LIMITS = PixelLimits(12_544, 47_040_000)
 SMALL_LIMITS = PixelLimits(min_pixels=2 * 28 * 28, max_pixels=2 * 40 * 28 * 28)
 
 
@@ -30,7 +28,7 @@ def _ours(frames, height, width, limits):
         return None
 
 
-@pytest.mark.parametrize("limits", [LIMITS, VIDEO_LIMITS, SMALL_LIMITS])
+@pytest.mark.parametrize("limits", [IMAGE_LIMITS, VIDEO_LIMITS, SMALL_LIMITS])
 def test_random_sizes(limits):
     rng = random.Random(5)
     refused = 0
@@ -56,29 +54,29 @@ def test_random_sizes(limits):
     ],
 )
 def test_measured_sizes(height, width, expected):
-    assert smart_resize(2, height, width, LIMITS) == expected == _hf(2, height, width, LIMITS)
-    grid = image_grid(height, width, LIMITS)
+    assert smart_resize(2, height, width, IMAGE_LIMITS) == expected == _hf(2, height, width, IMAGE_LIMITS)
+    grid = image_grid(height, width, IMAGE_LIMITS)
     assert grid == Grid(1, expected[0] // 14, expected[1] // 14)
     assert grid.num_tokens() * 4 == grid.num_patches == grid.rows * grid.columns
 
 
 def test_patch_counts_equal_the_image_processor():
-    processor = Glm4vImageProcessorPil(size={"shortest_edge": LIMITS.min_pixels, "longest_edge": LIMITS.max_pixels})
+    processor = Glm4vImageProcessorPil(size={"shortest_edge": IMAGE_LIMITS.min_pixels, "longest_edge": IMAGE_LIMITS.max_pixels})
     rng = random.Random(6)
     for _ in range(100):
         height, width = (rng.randint(28, 3000) for _ in range(2))
-        assert image_grid(height, width, LIMITS).num_patches == processor.get_number_of_image_patches(height, width)
+        assert image_grid(height, width, IMAGE_LIMITS).num_patches == processor.get_number_of_image_patches(height, width)
 
 
 def test_aspect_ratio_of_200_passes_and_more_does_not():
-    assert smart_resize(2, 28, 5600, LIMITS) == _hf(2, 28, 5600, LIMITS)
+    assert smart_resize(2, 28, 5600, IMAGE_LIMITS) == _hf(2, 28, 5600, IMAGE_LIMITS)
     for height, width in ((28, 5601), (5601, 28)):
-        assert _hf(2, height, width, LIMITS) is None
+        assert _hf(2, height, width, IMAGE_LIMITS) is None
         with pytest.raises(ValueError, match=r"aspect ratio of .* is over 200"):
-            smart_resize(2, height, width, LIMITS)
+            smart_resize(2, height, width, IMAGE_LIMITS)
 
 
 def test_one_frame_is_refused():
-    assert _hf(1, 100, 100, LIMITS) is None
+    assert _hf(1, 100, 100, IMAGE_LIMITS) is None
     with pytest.raises(ValueError, match="1 frames; at least 2"):
-        smart_resize(1, 100, 100, LIMITS)
+        smart_resize(1, 100, 100, IMAGE_LIMITS)
