@@ -213,6 +213,7 @@ class _Features:
     contaminated: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, loaded: Loaded, text: str, frames: list[list[int]]) -> None:
+        """Hash one sample: `text` is all it says, `frames` the perceptual hashes of each of its media, 64 bits each."""
         media = loaded.media
         kind = VIDEOS if any(medium.kind == "video" for medium in media) else PICTURES if media else TEXT_ONLY
         digest = hashlib.sha256(text.encode())
@@ -225,6 +226,7 @@ class _Features:
         self.keys.append(loaded.record.sample.key)
 
     def save(self, folder: Path, number: int) -> None:
+        """Write them for the second pass, as the files of chunk `number`."""
         flat = [value for hashes in self.hashes for value in hashes]
         np.savez(
             chunk_path(folder, number, "npz"),

@@ -220,9 +220,11 @@ class _Answers:
             self._known[key] = Answer(caption, *tokens)
 
     def get(self, key: str) -> Answer | None:
+        """The answer that an earlier start paid for, or None."""
         return self._known.get(key)
 
     def add(self, key: str, answer: Answer) -> None:
+        """Keep an answer; several threads may call it at once."""
         line = json.dumps([key, answer.caption, answer.prompt_tokens, answer.completion_tokens]) + "\n"
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(line)

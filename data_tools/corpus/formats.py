@@ -85,6 +85,11 @@ class _Turns:
         self._media: list[tuple[str, Any]] = []
 
     def convert(self, conversation: Any) -> tuple[list[dict[str, Any]], list[tuple[str, Any]]]:
+        """Its turns in our form, and its media as (kind, value) in the order of their places.
+
+        Raises:
+            Fault: it is no list of messages, or media and places do not match.
+        """
         if not isinstance(conversation, list):
             raise Fault("sample_invalid", "the conversation is not a list")
         turns = [self._turn(turn) for turn in conversation]

@@ -66,6 +66,8 @@ def open_writer(form: Form, folder: Path, number: int, shard_bytes: int) -> Chun
 
 
 class _JsonlWriter:
+    """A file of lines, and media beside it in a folder of the chunk's."""
+
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._number = folder, number
         self._file: BinaryIO | None = None
@@ -88,6 +90,8 @@ class _JsonlWriter:
 
 
 class _TarWriter:
+    """Tars whose samples are a JSON and its media, under one stem."""
+
     def __init__(self, folder: Path, number: int, shard_bytes: int) -> None:
         self._folder, self._number, self._shard_bytes = folder, number, shard_bytes
         self._tar: tarfile.TarFile | None = None
@@ -120,6 +124,8 @@ class _TarWriter:
 
 
 class _ParquetWriter:
+    """Parquet files with the bytes of the media in them, a row group at a time."""
+
     def __init__(self, folder: Path, number: int, shard_bytes: int) -> None:
         self._folder, self._number, self._shard_bytes = folder, number, shard_bytes
         self._writer: pq.ParquetWriter | None = None

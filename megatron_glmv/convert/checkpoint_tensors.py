@@ -151,6 +151,7 @@ class _IntoTensor(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The view of the target that a piece is read into."""
         return narrow_tensor_by_index(self._target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
@@ -158,6 +159,8 @@ class _IntoTensor(DefaultLoadPlanner):
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """Makes descriptions of tensors and nothing else, so that nothing in an index is executed."""
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _PLAIN_CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"it holds a {module}.{name}")

@@ -25,7 +25,8 @@ class _Source(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor: ...
+    def read(self, name: str, start: int, stop: int, columns: tuple[int, int] | None) -> Tensor:
+        """Rows `start` to before `stop`; of them the columns from the first to before the second number, or all."""
 
 
 class _StateDict:

@@ -67,6 +67,7 @@ class _Reorder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        """[tokens, ...] x in the order `there`, [tokens] int64; `back` is its inverse."""
         ctx.orders = there, back
         return x.index_select(0, there)
 

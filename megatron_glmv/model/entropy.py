@@ -17,6 +17,8 @@ BLOCK = 1024
 
 
 class _VocabParallelEntropy(torch.autograd.Function):
+    """The entropy with its gradient, for which the distribution of every token is kept: [S, 1, V / tensor ranks] float32."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup) -> Tensor:
         chances, total, entropy = _distribution(logits, group)
@@ -26,6 +28,7 @@ class _VocabParallelEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """By each logit of this rank: -p (log p + H)."""
         chances, entropy = ctx.saved_tensors
         slope = torch.xlogy(chances, chances) + chances * entropy[..., None]
         return (-grads[0][..., None] * slope).to(ctx.dtype), None

@@ -20,6 +20,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """[..., h] float32 x, normed over the last axis and scaled by [h] weight."""
         inverse = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(epsilon))
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
@@ -27,6 +28,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """From the gradient of the result, [..., h], those of x, [..., h], and of the weight, [h]."""
         normed, inverse, weight = ctx.saved_tensors
         along = grads[0] * normed
         mean = (along @ weight).unsqueeze(-1).div_(weight.numel())

@@ -80,6 +80,7 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Tensor:
+        """[S, 1, heads, head_dim] x, turned by the angles whose cosines and sines are [S, 1, 1, f], as `turn` pairs them."""
         ctx.save_for_backward(cos, sin)
         ctx.turn = turn
         return turn(x, cos, sin)

@@ -140,18 +140,27 @@ class _Parser:
         self.at = self.depth = self.nodes = self.bars = 0
 
     def whole(self) -> Node:
+        """The tree of all tokens.
+
+        Raises:
+            NotAnExpression: they are no formula, or one with something behind it.
+            TooLarge: deeper, or of more parts, than the limits.
+        """
         tree = self.sum()
         if self.at < len(self.tokens):
             raise NotAnExpression(f"unexpected {self.peek()!r}")
         return tree
 
     def peek(self) -> str:
+        """The next token, or nothing at the end."""
         return self.tokens[self.at][1] if self.at < len(self.tokens) else ""
 
     def kind(self) -> str:
+        """Of the next token: number, name, command, mark, end."""
         return self.tokens[self.at][0] if self.at < len(self.tokens) else "end"
 
     def take(self, wanted: str = "") -> str:
+        """Step over the next token, which must be `wanted` where something is."""
         token = self.peek()
         if not token or (wanted and token != wanted):
             raise NotAnExpression(f"{wanted or 'something'} is missing")
@@ -159,17 +168,20 @@ class _Parser:
         return token
 
     def node(self, kind: Kind, *args: Node, name: str = "", value: Fraction = Fraction(0)) -> Node:
+        """A counted node: every one of the tree is made here."""
         self.nodes += 1
         if self.nodes > MAX_NODES:
             raise TooLarge(f"more than {MAX_NODES} parts")
         return Node(kind, args, name, value)
 
     def deeper(self) -> None:
+        """One level down; whoever calls it comes up again by itself."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise TooLarge(f"deeper than {MAX_DEPTH}")
 
     def sum(self) -> Node:
+        """Sum = product (("+" | "-") product)*."""
         terms = [self.product()]
         while self.kind() == "mark" and self.peek() in "+-":
             minus = self.take() == "-"
@@ -178,6 +190,7 @@ class _Parser:
         return terms[0] if len(terms) == 1 else self.node("sum", *terms)
 
     def product(self) -> Node:
+        """Product = signed (("*" | "/") signed | power)*: factors may stand side by side."""
         factors = [self.signed()]
         while True:
             if self.kind() == "mark" and self.peek() in "*/":
@@ -200,12 +213,14 @@ class _Parser:
         return self.node("sum" if is_mixed else "product", whole, fraction)
 
     def begins_factor(self) -> bool:
+        """Whether what follows can be multiplied with what stands before it; within bars a bar closes."""
         kind, token = self.kind(), self.peek()
         return kind in ("number", "name", "command") or (
             kind == "mark" and (token in "([{" or (token == "|" and not self.bars))
         )
 
     def signed(self) -> Node:
+        """Signed = ("+" | "-")* power."""
         minus = False
         while self.kind() == "mark" and self.peek() in "+-":
             minus ^= self.take() == "-"
@@ -213,6 +228,7 @@ class _Parser:
         return self.node("negative", value) if minus else value
 
     def power(self) -> Node:
+        """Power = postfix ("^" signed)?, so powers group from the right."""
         base = self.postfix()
         if self.kind() != "mark" or self.peek() != "^":
             return base
@@ -223,6 +239,7 @@ class _Parser:
         return self.node("power", base, exponent)
 
     def postfix(self) -> Node:
+        """Postfix = primary ("!" | "%" | "°")*."""
         value = self.primary()
         while self.kind() == "mark" and self.peek() in "!%°":
             mark = self.take()
@@ -234,6 +251,7 @@ class _Parser:
         return value
 
     def degree(self) -> Node:
+        """One degree in radians."""
         return self.node("product", self.node("constant", name="pi"), self.node("number", value=Fraction(1, 180)))
 
     def primary(self) -> Node:
@@ -244,6 +262,7 @@ class _Parser:
         return value
 
     def bare(self) -> Node:
+        """Bare = number | named | "|" sum "|" | bracket sum bracket."""
         kind = self.kind()
         if kind == "number":
             return self.node("number", value=_number(self.take()))
@@ -265,6 +284,7 @@ class _Parser:
         return inner
 
     def named(self, name: str, *, command: bool) -> Node:
+        """A fraction, root, function, constant or symbol; `command`: it was written with a backslash."""
         if command and name == "frac":
             above, below = self.argument(), self.argument()
             return self.node("product", above, self.node("inverse", below))
@@ -294,6 +314,7 @@ class _Parser:
         return self.primary()
 
     def function(self, name: str) -> Node:
+        """What stands behind the name: sin x, sin^2 x, log_2 x."""
         base: tuple[Node, ...] = ()
         if name == "log" and self.peek() == "_":
             self.take("_")
@@ -316,6 +337,7 @@ class _Parser:
         return factors[0] if len(factors) == 1 else self.node("product", *factors)
 
     def subscripted(self) -> bool:
+        """Whether a subscript follows: e_1 is a symbol, e a constant."""
         return self.kind() == "mark" and self.peek() == "_"
 
     def subscript(self) -> str:
