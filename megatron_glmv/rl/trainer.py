@@ -127,6 +127,9 @@ def _train(run: RlRun) -> bool:
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             run.job.watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
+        elif _is_due(state.step, config.checkpoint.local_every_steps):
+            run.job.watchdog.beat(state.step, "local copy")
+            run.checkpointer.save_local(state, {STATE_FILE: state_dict(run)})
         _report_save(run)
     return stopping
 

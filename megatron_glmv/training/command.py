@@ -74,7 +74,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             )
             stack.callback(metrics.close)
             job.events.say = metrics.note
-        begin_run(job, config, models, state)
+        begin_run(job, config, models, checkpointer, state)
         observer, stragglers = Observer(assembly), Stragglers(assembly)
         profiler = Profiler(config.profile, config.run_folder, dist.get_rank(), metrics.note if metrics else None)
         yield Run(

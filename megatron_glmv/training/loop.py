@@ -88,6 +88,9 @@ def _train(run: Run) -> bool:
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state, must=last or stopping)
+        elif _is_due(state.step, config.checkpoint.local_every_steps):
+            watchdog.beat(state.step, "local copy")
+            run.checkpointer.save_local(state)
         report_save(run)
     return stopping
 
