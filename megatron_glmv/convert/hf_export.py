@@ -21,7 +21,7 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.weight_map import entries, hf_names, split_of
-from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
+from megatron_glmv.run_folder.checkpoint_folder import read_manifest, shape_of
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.hf_folder import write_weights

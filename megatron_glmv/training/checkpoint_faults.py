@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_glmv.convert.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
 
 FAILURES = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException, CheckpointingException)
 

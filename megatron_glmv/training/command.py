@@ -20,7 +20,7 @@ from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import METRICS_FILE
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
 from megatron_glmv.training.stragglers import Stragglers
 

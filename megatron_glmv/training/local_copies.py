@@ -28,9 +28,9 @@ from torch import nn
 
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import StageConfig
-from megatron_glmv.convert import checkpoint_folder as folders
-from megatron_glmv.convert.checkpoint_folder import CheckpointError
-from megatron_glmv.convert.checkpoint_sums import find_damage
+from megatron_glmv.run_folder import checkpoint_folder as folders
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_sums import find_damage
 from megatron_glmv.training.checkpoint_faults import cause
 from megatron_glmv.training.checkpoint_files import REMOVING
 from megatron_glmv.training.checkpoint_ranks import first_fault, on_first_rank

@@ -17,7 +17,7 @@ from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.stop import num_restarts
+from megatron_glmv.run_folder.launch import num_restarts
 
 
 def first_state(

@@ -8,20 +8,16 @@ nothing to save.
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import torch.distributed as dist
-
-from megatron_glmv.config.base import InputError
+from megatron_glmv.run_folder.launch import process_start
+from megatron_glmv.run_folder.stop_file import STOP_FILE
 from megatron_glmv.training.agreement import agree
-from megatron_glmv.training.heartbeat import FINISHED, STOPPED, describe_end, is_gone, read_heartbeats
 
-STOP_FILE = "stop"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOOK_EVERY_S = 1.0
 
@@ -60,7 +56,7 @@ class StopRequest:
             asked = self._file.stat().st_mtime
         except OSError:
             return ""
-        if asked >= _process_start():
+        if asked >= process_start():
             return ""
         self._file.unlink(missing_ok=True)
         return f"{self._file}: a request from before this start ({time.ctime(asked)}) was removed; the run goes on"
@@ -89,40 +85,3 @@ class StopRequest:
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._reason = f"signal {signal.Signals(number).name}"
-
-
-def request_stop(run_folder: Path) -> str:
-    """``glmv stop``: ask a run to save and end; returns a line about what will happen.
-
-    Raises:
-        InputError: it is no run's folder, or nothing runs there.
-    """
-    if not (run_folder / "config.yaml").is_file():
-        raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
-    beats = read_heartbeats(run_folder)
-    ended = bool(beats) and all(beat.failure in (FINISHED, STOPPED) or is_gone(beat) for beat in beats)
-    if ended:
-        how = describe_end(beats)
-        raise InputError(f"{run_folder}: nothing runs there ({how[1] if how else f'it is {beats[0].failure}'})")
-    (run_folder / STOP_FILE).touch()
-    return f"asked; the run saves a checkpoint and ends after the step it is in. Take it back with: rm {run_folder / STOP_FILE}"
-
-
-def num_restarts() -> int:
-    """Restarts that the launcher has made of this process's group; 0 without a launcher."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def is_first_rank() -> bool:
-    """Whether this is rank 0, before there is a process group, too."""
-    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
-
-
-def _process_start() -> float:
-    """Seconds since the epoch when this process began."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        up_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
-    except (OSError, ValueError, IndexError):
-        return time.time()
-    return time.time() - up_s + ticks / os.sysconf("SC_CLK_TCK")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_glmv.convert.checkpoint_folder import latest
+from megatron_glmv.run_folder.checkpoint_folder import latest
 from tests.data.processor import write_processor
 from tests.rl.prompt_files import write_prompts
 from tests.stages import start_stage

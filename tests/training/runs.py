@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from megatron_glmv.training.events import read_events
-from megatron_glmv.training.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
+from megatron_glmv.run_folder.events import read_events
+from megatron_glmv.run_folder.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
 from tests.data.rows import LENGTH
 from tests.stages import start_stage
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_glmv.convert.checkpoint_folder import complete_folders
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders
 from tests.data.rows import write_rows
 from tests.ranks import run_ranks
 from tests.stages import start_stage

@@ -15,7 +15,7 @@ import torch
 
 from megatron_glmv.config.base import ConfigError, load
 from megatron_glmv.config.training import TrainConfig
-from megatron_glmv.convert.checkpoint_folder import complete_folders
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders
 from megatron_glmv.training.state import TrainState
 from tests.data.rows import write_rows
 from tests.ranks import run_ranks

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_glmv.config.base import load
 from megatron_glmv.config.count import count_parameters
 from megatron_glmv.config.training import MetricsConfig, TrainConfig
-from megatron_glmv.training.recorder import Recorder, read_metrics
+from megatron_glmv.run_folder.metrics_file import read_metrics
+from megatron_glmv.training.recorder import Recorder
 from tests.data.rows import LENGTH, write_rows
 from tests.stages import start_stage
 

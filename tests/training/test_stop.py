@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_glmv import cli
-from megatron_glmv.convert.checkpoint_folder import complete_folders
-from megatron_glmv.training.heartbeat import read_heartbeats
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders
+from megatron_glmv.run_folder.heartbeat import read_heartbeats
 from megatron_glmv.training.stop import StopRequest
 from tests.data.rows import write_rows
 from tests.stages import start_stage
