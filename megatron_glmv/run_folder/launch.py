@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+_BEGAN = "GLMV_LAUNCHED_AT"
+
 
 def num_restarts() -> int:
     """Restarts that the launcher has made of this process's group; 0 without a launcher."""
@@ -17,8 +19,17 @@ def is_first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def process_start() -> float:
-    """Seconds since the epoch when this process began."""
+def mark_launch() -> None:
+    """Tell the ranks that this process starts when their launch began."""
+    os.environ[_BEGAN] = str(_process_start())
+
+
+def launch_start() -> float:
+    """Seconds since the epoch when this launch began: its launcher, if it said so, else this process."""
+    return float(os.environ.get(_BEGAN, 0)) or _process_start()
+
+
+def _process_start() -> float:
     try:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         up_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from megatron_glmv.run_folder.launch import process_start
+from megatron_glmv.run_folder.launch import launch_start
 from megatron_glmv.run_folder.stop_file import STOP_FILE
 from megatron_glmv.training.agreement import agree
 
@@ -56,7 +56,7 @@ class StopRequest:
             asked = self._file.stat().st_mtime
         except OSError:
             return ""
-        if asked >= process_start():
+        if asked >= launch_start():
             return ""
         self._file.unlink(missing_ok=True)
         return f"{self._file}: a request from before this start ({time.ctime(asked)}) was removed; the run goes on"
