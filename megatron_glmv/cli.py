@@ -339,7 +339,8 @@ def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConf
     config.data_parallel(ranks)
     if world is None and (ranks > 1 or arguments.restarts):
         return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder, arguments.restarts)
-    return importlib.import_module(module).run(config)
+    with importlib.import_module("megatron_glmv.run_folder.stop_signals").listening():
+        return importlib.import_module(module).run(config)
 
 
 def _too_few(config: StageConfig, ranks: int, words: Sequence[str]) -> str:

@@ -90,7 +90,11 @@ def train(run: RlRun) -> bool:
     Returns:
         Whether the last iteration is done.
     """
-    with run.job.stop.listening():
+    # Asked while it started: what it goes on from may be on the nodes' own disks alone.
+    stopped = run.state.step < run.config.steps and run.job.stop.is_agreed()
+    if stopped and run.state.step:
+        run.checkpointer.save(run.state, {STATE_FILE: state_dict(run)}, must=True)
+    elif not stopped:
         stopped = _train(run)
     run.checkpointer.close()
     _report_save(run)

@@ -45,7 +45,11 @@ def train(run: Run) -> bool:
     Returns:
         Whether the last step is done.
     """
-    with run.job.stop.listening():
+    # Asked while it started: what it goes on from may be on the nodes' own disks alone.
+    stopped = run.state.step < run.config.steps and run.job.stop.is_agreed()
+    if stopped and run.state.step:
+        run.checkpointer.save(run.state, must=True)
+    elif not stopped:
         stopped = _train(run)
     run.checkpointer.close()
     report_save(run)

@@ -1,24 +1,19 @@
 """Ending a run on request: a file in its folder, or a signal to any of its ranks.
 
-All ranks agree at the end of a step, save, and end with exit code 0. The file is ``RUN_FOLDER/stop``: ``glmv stop`` writes it,
-as may a batch script. The signals are SIGTERM and SIGUSR1; they are only requests while the loop runs, before which there is
-nothing to save.
+All ranks agree at the end of a step, save, and end with exit code 0; before the first step at once, as there is nothing to save.
+The file is ``RUN_FOLDER/stop``: ``glmv stop`` writes it, as may a batch script. The signals are SIGTERM and SIGUSR1.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from megatron_glmv.run_folder.launch import launch_start
 from megatron_glmv.run_folder.stop_file import STOP_FILE
+from megatron_glmv.run_folder.stop_signals import received
 from megatron_glmv.training.agreement import agree
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOOK_EVERY_S = 1.0
 
 
@@ -38,16 +33,6 @@ class StopRequest:
         self._reason = ""
         self._looked = 0.0
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals as requests inside the block."""
-        before = {number: signal.signal(number, self._take) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def leave_out_earlier(self) -> str:
         """Remove a file that was meant for an earlier start; returns a line about it, or nothing."""
         if not self._reads_file or self._restarts:
@@ -63,6 +48,8 @@ class StopRequest:
 
     def is_requested(self) -> bool:
         """Whether this rank knows of a request; costs a look at the disk once a second on one rank."""
+        if not self._reason and (name := received()):
+            self._reason = f"signal {name}"
         if not self._reason and self._reads_file and time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
             if self._file.exists():
@@ -82,6 +69,3 @@ class StopRequest:
         """Remove the file, so that the next start goes on."""
         if self._reads_file:
             self._file.unlink(missing_ok=True)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self._reason = f"signal {signal.Signals(number).name}"
