@@ -20,7 +20,16 @@ from megatron_glmv.training.state import TrainState
 from tests.data.rows import write_rows
 from tests.ranks import run_ranks
 from tests.stages import start_stage
-from tests.training.runs import STEPS, config_file, events_of, heartbeat_of, steps_of, train, wait_for_step
+from tests.training.runs import (
+    config_file,
+    events_of,
+    heartbeat_of,
+    ranks_of,
+    steps_of,
+    train,
+    wait_for_listening_ranks,
+    wait_for_step,
+)
 
 LAYOUTS = {"tensor 2 x pipeline 2": {"tensor": 2, "pipeline": 2}, "data 4": {}}
 KINDS = ((True, "fp32"), (True, "bf16"), (False, "bf16"))
@@ -211,19 +220,33 @@ def test_steps_without_a_folder_are_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_a_run_whose_rank_is_killed_goes_on_from_local_copies(tmp_path: Path) -> None:
     write_rows(tmp_path / "data", 23)
-    changes: dict[str, Any] = {"parallel": {"tensor": 1, "timeout_s": 60}, "steps": STEPS}
+    changes: dict[str, Any] = {"parallel": {"tensor": 1, "timeout_s": 60}, "steps": 40}
     assert train(config_file(tmp_path, "calm", tmp_path / "data", **changes), 2)[0] == 0
-    keys = {"every_steps": 10, "keep": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    keys = {"every_steps": 1000, "keep": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
     file, run = config_file(tmp_path, "run", tmp_path / "data", checkpoint=keys, **changes), tmp_path / "run"
 
+    process = start_stage("train", file, 2)
+    wait_for_step(run, 4, process)
+    for one in [*ranks_of(process), process]:
+        os.kill(one.pid, signal.SIGKILL)
+    process.communicate()
+    assert not complete_folders(run)
+    process = start_stage("train", file, 2)
+    os.kill(wait_for_listening_ranks(process, 2)[1].pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    [saved] = complete_folders(run)
+    assert saved % 3 == 0 and f"stopped on request at step {saved}" in output, "where all nodes see it"
+
     process = start_stage("train", file, 2, "--restarts", "1")
-    wait_for_step(run, 7, process)
+    wait_for_step(run, saved + 4, process)
     os.kill(heartbeat_of(run, 1).process, signal.SIGKILL)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     starts = events_of(run, "start")
-    assert len(starts) == 2 and starts[1]["step"] in (6, 9)
-    assert f"resuming {tmp_path}/disk/run-" in starts[1]["text"] and starts[1]["text"] in output
+    assert [event["step"] for event in starts[:3]] == [0, saved, saved] and len(starts) == 4
+    assert starts[3]["step"] > saved and starts[3]["step"] % 3 == 0
+    assert f"resuming {tmp_path}/disk/run-" in starts[3]["text"] in output
     assert steps_of(run) == steps_of(tmp_path / "calm")
-    assert list(complete_folders(run)) == [10, STEPS]
+    assert list(complete_folders(run)) == [saved, 40]
     assert list((tmp_path / "disk").iterdir()) == []

@@ -17,7 +17,15 @@ from megatron_glmv.run_folder.heartbeat import read_heartbeats
 from megatron_glmv.training.stop import StopRequest
 from tests.data.rows import write_rows
 from tests.stages import start_stage
-from tests.training.runs import config_file, events_of, heartbeat_of, steps_of, wait_for_event, wait_for_step
+from tests.training.runs import (
+    config_file,
+    events_of,
+    heartbeat_of,
+    steps_of,
+    wait_for_event,
+    wait_for_listening_ranks,
+    wait_for_step,
+)
 
 PARALLEL = {"tensor": 1, "timeout_s": 60}
 
@@ -90,6 +98,21 @@ def test_the_launcher_passes_a_request_on_and_ends_the_ranks_at_a_second(tmp_pat
     assert process.returncode == 128 + signal.SIGTERM, output
     assert output.splitlines()[-1].startswith("glmv: error: ranks ended by SIGTERM") and "Traceback" not in output
     assert not any(psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+@pytest.mark.parametrize("to_launcher", [False, True], ids=["a rank", "the launcher"])
+def test_a_request_during_the_start_is_answered_before_the_first_step(tmp_path: Path, data: Path, to_launcher: bool) -> None:
+    run = tmp_path / "run"
+    process = start_stage("train", config_file(tmp_path, "run", data, parallel=PARALLEL, steps=100000), 2)
+    ranks = wait_for_listening_ranks(process, 2)
+    os.kill(process.pid if to_launcher else ranks[1].pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "Traceback" not in output, output
+    [stop] = events_of(run, "stop")
+    assert stop["step"] == 0 and "stopped on request at step 0" in stop["text"] and "begins anew" in stop["text"]
+    assert [beat.failure for beat in read_heartbeats(run)] == ["stopped"] * 2
+    assert not (run / "metrics.jsonl").exists() and not complete_folders(run) and not (run / "stop").exists()
+    assert cli.main(["status", str(run), "--exit-code"]) == 3
 
 
 def test_what_no_restart_repairs_is_tried_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
