@@ -40,6 +40,7 @@ from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.recorder import Recorder
 from megatron_glmv.training.start import begin_run, first_state, load_start
+from megatron_glmv.training.stragglers import Stragglers
 
 PICTURE = "curves.png"
 
@@ -136,6 +137,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
             recorder,
             job,
             Observer(assembly),
+            Stragglers(assembly),
             Profiler(config.profile, config.run_folder, dist.get_rank(), recorder.note if recorder else None),
         )
 
