@@ -59,7 +59,8 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path, max_
         elastic_launch(config, sys.executable)("-m", "megatron_glmv", *arguments)
     except SignalException as error:
         number = signal.SIGTERM if error.sigval == signal.SIGKILL else error.sigval
-        print(f"glmv: error: ranks ended by {number.name}; the next start goes on from the last save", file=sys.stderr, flush=True)
+        said = f"ranks ended by {number.name}; the next start goes on from the newest checkpoint"
+        print(f"glmv: error: {said}", file=sys.stderr, flush=True)
         return 128 + number
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -82,7 +83,7 @@ def _pass_on_requests(run_folder: Path) -> None:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
             (run_folder / STOP_FILE).touch()
-            said = f"{signal.Signals(number).name}: the ranks save and end after the step they are in; a second SIGTERM ends them now"
+            said = f"{signal.Signals(number).name}: the ranks save and end after their step; a second SIGTERM ends them now"
         except OSError as error:
             said = f"{run_folder / STOP_FILE}: cannot be written ({error.strerror}), so the ranks go on; SIGTERM ends them now"
             asked.append(signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_glmv.config.base import InputError
-from megatron_glmv.run_folder.heartbeat import FINISHED, STOPPED, describe_end, is_gone, read_heartbeats
+from megatron_glmv.run_folder.heartbeat import FINISHED, FOLDER, STOPPED, describe_end, is_gone, read_heartbeats
 
 STOP_FILE = "stop"
 
@@ -16,7 +16,7 @@ def request_stop(run_folder: Path) -> str:
     Raises:
         InputError: it is no run's folder, or nothing runs there.
     """
-    if not (run_folder / "config.yaml").is_file():
+    if not (run_folder / "config.yaml").is_file() and not (run_folder / FOLDER).is_dir():
         raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
     beats = read_heartbeats(run_folder)
     ended = bool(beats) and all(beat.failure in (FINISHED, STOPPED) or is_gone(beat) for beat in beats)
