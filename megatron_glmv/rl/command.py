@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron_glmv.config.base import ConfigError, to_yaml
 from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.config.rl_stage import RlConfig
-from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, find
 from megatron_glmv.convert.processor import find_processor
 from megatron_glmv.data.chat import Chat, ProcessorError
 from megatron_glmv.parallel import platform
@@ -32,12 +31,13 @@ from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rollout import Roller
 from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, find
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.recorder import Recorder
 from megatron_glmv.training.start import begin_run, first_state, load_start
 from megatron_glmv.training.stragglers import Stragglers

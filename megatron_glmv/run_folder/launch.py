@@ -26,7 +26,7 @@ def mark_launch() -> None:
 
 def launch_start() -> float:
     """Seconds since the epoch when this launch began: its launcher, if it said so, else this process."""
-    return float(os.environ.get(_BEGAN, 0)) or _process_start()
+    return float(os.environ.get(_BEGAN, "0")) or _process_start()
 
 
 def _process_start() -> float:

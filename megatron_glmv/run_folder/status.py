@@ -13,8 +13,17 @@ from typing import Any
 from megatron_glmv.config.base import InputError, read_yaml
 from megatron_glmv.run_folder.checkpoint_folder import complete_folders, read_manifest
 from megatron_glmv.run_folder.events import read_events
-from megatron_glmv.run_folder.heartbeat import FINISHED, FOLDER, LOST_CONTACT, STOPPED, Heartbeat, describe_end, is_gone, read_heartbeats
 from megatron_glmv.run_folder.figures import format_count, format_duration
+from megatron_glmv.run_folder.heartbeat import (
+    FINISHED,
+    FOLDER,
+    LOST_CONTACT,
+    STOPPED,
+    Heartbeat,
+    describe_end,
+    is_gone,
+    read_heartbeats,
+)
 from megatron_glmv.run_folder.metrics_file import METRICS_FILE, read_metrics
 from megatron_glmv.run_folder.refusal import read_refusal
 
@@ -54,7 +63,9 @@ def print_status(run_folder: Path, *, for_script: bool = False) -> int:
     return _exit_code(run_folder)
 
 
-def _lines(run_folder: Path, config: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _lines(
+    run_folder: Path, config: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
     if config is None:
         yield "run", f"{run_folder} (no rank has come to its first step)"
     else:

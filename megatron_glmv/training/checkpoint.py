@@ -34,11 +34,12 @@ from megatron.core.utils import unwrap_model
 
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import StageConfig
+from megatron_glmv.convert.checkpoint_tensors import read_index
+from megatron_glmv.model.lora import has_adapter
 from megatron_glmv.run_folder import checkpoint_folder as folders
 from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
 from megatron_glmv.run_folder.checkpoint_sums import Sums
-from megatron_glmv.convert.checkpoint_tensors import read_index
-from megatron_glmv.model.lora import has_adapter
+from megatron_glmv.run_folder.events import EventLog
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_choice import damage_of, newest_whole
 from megatron_glmv.training.checkpoint_faults import FAILURES, unreadable, unwritable
@@ -52,7 +53,6 @@ from megatron_glmv.training.checkpoint_ranks import (
     sum_over_ranks,
 )
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
-from megatron_glmv.run_folder.events import EventLog
 from megatron_glmv.training.local_copies import LocalCopies
 from megatron_glmv.training.optimizer import gather_weights
 from megatron_glmv.training.random_state import read_generators, restore_generators

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron_glmv.run_folder import checkpoint_folder as folders
 from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
 from megatron_glmv.run_folder.checkpoint_sums import find_damage
-from megatron_glmv.training.checkpoint_ranks import check_same_everywhere, first_fault, on_first_rank
 from megatron_glmv.run_folder.events import EventLog
+from megatron_glmv.training.checkpoint_ranks import check_same_everywhere, first_fault, on_first_rank
 
 
 def newest_whole(run_folder: Path, events: EventLog, *, verify: bool) -> Path | None:

@@ -12,6 +12,7 @@ from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import platform
 from megatron_glmv.parallel.mcore import hardware
 from megatron_glmv.plan.devices import device_peak
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.guard import Guard
@@ -20,7 +21,6 @@ from megatron_glmv.training.loop import Run, open_stream, train
 from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
 from megatron_glmv.training.stragglers import Stragglers
 

@@ -18,9 +18,9 @@ from megatron_glmv.parallel import groups
 from megatron_glmv.run_folder.checkpoint_folder import complete_folders
 from megatron_glmv.run_folder.events import EventLog
 from megatron_glmv.run_folder.heartbeat import FINISHED, STOPPED, describe_end, forget_ranks, read_heartbeats
+from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
 from megatron_glmv.run_folder.refusal import note_refusal, repeat_refusal
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
 from megatron_glmv.training.stop import StopRequest
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
 

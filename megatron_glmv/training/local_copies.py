@@ -34,8 +34,8 @@ from megatron_glmv.run_folder.checkpoint_sums import find_damage
 from megatron_glmv.training.checkpoint_faults import cause
 from megatron_glmv.training.checkpoint_files import REMOVING
 from megatron_glmv.training.checkpoint_ranks import first_fault, on_first_rank
-from megatron_glmv.training.rank_state import read_rank, restore_rank, shapes_of
 from megatron_glmv.training.random_state import read_generators, restore_generators
+from megatron_glmv.training.rank_state import read_rank, restore_rank, shapes_of
 from megatron_glmv.training.state import TrainState
 
 KEPT = 2
@@ -154,7 +154,9 @@ class LocalCopies:
 
     def _steps(self) -> list[int]:
         """Steps of this rank's complete copies, rising."""
-        return sorted(int(m.parts[-3].removeprefix("step_")) for m in self._root.glob(f"step_*/{self._rank}/{folders.MANIFEST}"))
+        return sorted(
+            int(m.parts[-3].removeprefix("step_")) for m in self._root.glob(f"step_*/{self._rank}/{folders.MANIFEST}")
+        )
 
 
 def _describe(config: StageConfig) -> dict[str, Any]:

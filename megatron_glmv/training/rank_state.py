@@ -1,4 +1,4 @@
-"""What one rank holds of the model and its optimizer, as it lies in memory: of use to the same rank of the same layout alone."""
+"""What one rank holds of the model and its optimizer, as it lies in memory: of use to the same rank of the same layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def read_rank(models: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict
 
 def shapes_of(tree: Mapping[str, Any]) -> list[Any]:
     """Names, shapes and precisions of what every tree of a rank has: moments and FP8 statistics come with the first update."""
-    models = [{key: value.shape for key, value in model.items() if not key.endswith("_extra_state")} for model in tree["models"]]
+    models = [
+        {key: value.shape for key, value in model.items() if not key.endswith("_extra_state")} for model in tree["models"]
+    ]
     shares = [[(part["param"].shape, part["param"].dtype) for part in group["params"]] for group in tree["optimizer"]]
     return [models, shares]
 

@@ -13,11 +13,11 @@ from megatron_glmv.convert.hf_import import load_hf_weights
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.parallel.mcore import layer_kind
+from megatron_glmv.run_folder.launch import num_restarts
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.run_folder.launch import num_restarts
 
 
 def first_state(

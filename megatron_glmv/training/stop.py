@@ -1,6 +1,6 @@
 """Ending a run on request: a file in its folder, or a signal to any of its ranks.
 
-All ranks agree at the end of a step, save, and end with exit code 0; before the first step at once, as there is nothing to save.
+All ranks agree at the end of a step, save, and end with exit code 0; before the first step there is nothing to save.
 The file is ``RUN_FOLDER/stop``: ``glmv stop`` writes it, as may a batch script. The signals are SIGTERM and SIGUSR1.
 """
 

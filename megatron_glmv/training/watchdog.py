@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_glmv.run_folder.events import record_event
-from megatron_glmv.training.hang_report import compose_report, first_behind, save_report, stacks_path, words_path, write_words
 from megatron_glmv.run_folder.heartbeat import (
     FINISHED,
     FOLDER,
@@ -38,6 +37,7 @@ from megatron_glmv.run_folder.heartbeat import (
     own_heartbeat,
     read_heartbeat,
 )
+from megatron_glmv.training.hang_report import compose_report, first_behind, save_report, stacks_path, words_path, write_words
 
 EXIT_CODE = 70
 """Exit code of a rank that its watchdog has ended."""

@@ -179,7 +179,7 @@ def test_ranks_are_compared_in_some_updates(whole, replicas: Path) -> None:
         assert tuple(found) == steps
         for ranks in found.values():
             assert ranks["rank"] in (0, 1) and 1 <= ranks["ratio"] < 2
-            assert 0 < ranks["compute_s"] and ranks["wait_s"] > 0, "one rank or both decode the pictures again"
+            assert ranks["compute_s"] > 0 and ranks["wait_s"] > 0, "one rank or both decode the pictures again"
 
 
 def wait_for_iteration(run: Path, iteration: int, process: subprocess.Popen[str]) -> None:

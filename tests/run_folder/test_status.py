@@ -183,7 +183,9 @@ def test_a_run_that_came_to_no_step_can_go_on(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["status", str(tmp_path), "--exit-code"]) == 3
     assert "never started a rank" in capsys.readouterr().out
     (tmp_path / "ranks").mkdir()
-    heartbeat_path(tmp_path, 0).write_bytes(json.dumps(asdict(replace(ALIVE, step=0, phase="start", process=2**22 + 1))).encode())
+    heartbeat_path(tmp_path, 0).write_bytes(
+        json.dumps(asdict(replace(ALIVE, step=0, phase="start", process=2**22 + 1))).encode()
+    )
     assert cli.main(["status", str(tmp_path), "--exit-code"]) == 3
     said = capsys.readouterr().out
     assert "(no rank has come to its first step)" in said and "broke off" in said

@@ -147,7 +147,7 @@ def full_disk(run: Path) -> dict[str, Any]:
     checkpointer.save(SHARED)
     if torch.distributed.get_rank() == 2:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))  # of which the log needs little
     checkpointer.save_local(LOCAL)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     torch.distributed.barrier()

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_glmv.run_folder.events import read_events
-from megatron_glmv.training.hang_report import first_behind, save_report
 from megatron_glmv.run_folder.heartbeat import own_heartbeat
+from megatron_glmv.training.hang_report import first_behind, save_report
 from megatron_glmv.training.watchdog import EXIT_CODE, Watchdog, collective_timeout_s
 from tests.ranks import Outcome, watch_ranks
 
