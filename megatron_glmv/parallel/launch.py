@@ -54,6 +54,7 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path, max_
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=max_restarts,
+        signals_to_handle=_ENDING,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_glmv", *arguments)
@@ -89,7 +90,6 @@ def _pass_on_requests(run_folder: Path) -> None:
             asked.append(signal.SIGTERM)
         os.write(sys.stderr.fileno(), f"glmv: {said}\n".encode())
 
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = _ENDING
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, take)
 

@@ -131,7 +131,8 @@ class LocalCopies:
 
     def _agree(self, shared: int) -> int | None:
         """The step of the newest copies that all ranks have and that are newer than any rank's shared checkpoint."""
-        fitting, others = [], []
+        fitting: list[int] = []
+        others: list[int] = []
         for step in self._steps():
             with contextlib.suppress(CheckpointError):
                 (fitting if folders.read_manifest(self._folder(step)).get("run") == self._run else others).append(step)
