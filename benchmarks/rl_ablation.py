@@ -36,8 +36,9 @@ except ImportError:  # run as a file, whose folder is then searched first
 
 from megatron_glmv.config.base import ConfigError, InputError, load_tree, merge, parse_override, read_yaml, validate
 from megatron_glmv.config.rl_stage import RlConfig
-from megatron_glmv.training.progress import ProgressLine, format_duration
-from megatron_glmv.training.recorder import METRICS_FILE
+from megatron_glmv.run_folder.figures import format_duration
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE
+from megatron_glmv.training.progress import ProgressLine
 
 ARMS: dict[str, tuple[str, ...]] = {
     "rlcs": (),

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_glmv.config.rl_stage import RlConfig
-from megatron_glmv.training.recorder import read_metrics
+from megatron_glmv.run_folder.metrics_file import read_metrics
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -227,12 +227,6 @@ requeue() {
     exit 1
 }
 
-# The exit codes of `glmv status --exit-code`. Before the first rank has written the run's configuration there is nothing to ask.
-how_it_ended() {
-    if [ ! -e "$run/config.yaml" ] && [ ! -e "$run/ranks/refused.json" ]; then return 3; fi
-    glmv status "$run" --exit-code
-}
-
 # Whether the ranks ended because of a request in the run's folder, and not of a signal; wait_for writes none without a warning.
 stopped_by_user() {
     grep '"kind": "stop"' "$run/events.jsonl" 2>/dev/null | tail -n 1 | grep -q 'stop asks for it'
@@ -280,7 +274,7 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
         else
             code=1
         fi
-        how_it_ended
+        glmv status "$run" --exit-code
         case $? in
         0)
             say "finished"

@@ -57,7 +57,7 @@ data, checkpoint).
 STOP = """\
 Writes RUN_FOLDER/stop. The ranks see it within seconds, finish the step (in reinforcement learning the iteration) they are in,
 save a checkpoint and end with exit code 0. The same command that started the run goes on from there. SIGTERM or SIGUSR1 to any
-rank does the same.
+rank, or to the launcher of --ranks, does the same.
 """
 
 PREFLIGHT = """\

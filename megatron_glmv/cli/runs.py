@@ -29,10 +29,11 @@ def _add_run_folder(command: argparse.ArgumentParser) -> None:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    code = importlib.import_module("megatron_glmv.training.status").print_status(arguments.run_folder)
+    status = importlib.import_module("megatron_glmv.run_folder.status")
+    code = status.print_status(arguments.run_folder, for_script=arguments.exit_code)
     return code if arguments.exit_code else OK
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    print(importlib.import_module("megatron_glmv.training.stop").request_stop(arguments.run_folder))
+    print(importlib.import_module("megatron_glmv.run_folder.stop_file").request_stop(arguments.run_folder))
     return OK

@@ -59,6 +59,17 @@ class CheckpointConfig(Config):
     """Continue from the newest complete checkpoint of the run folder, if there is one."""
     start_from: Path | None = None
     """Without a checkpoint of its own, start from the weights of this one (not its optimizer, step or data position)."""
+    local_folder: Path | None = None
+    """On every node's own disk or in its memory, for copies between the shared checkpoints; a restart on the same nodes in the
+    same layout goes on from them where they are newer. null: none."""
+    local_every_steps: int = Field(default=0, ge=0)
+    """Steps between local copies, of which the newest two stay; training stands still while one is written. 0: none."""
+
+    @model_validator(mode="after")
+    def _copies_have_a_place(self) -> Self:
+        if self.local_every_steps and self.local_folder is None:
+            raise ValueError("local_every_steps: needs local_folder, on a disk of the node's own")
+        return self
 
 
 class WandbConfig(Config):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.weight_map import Entry, MappingError, RankPart, check_hf_shapes, rank_segments
-from megatron_glmv.convert.checkpoint_folder import FORMAT, MANIFEST, origin
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.convert.processor import check_processor, copy_processor
 from megatron_glmv.convert.tensor_writer import write_tensors
+from megatron_glmv.run_folder.checkpoint_folder import FORMAT, MANIFEST, origin
 
 PROCESSOR = "processor"
 """Where an imported checkpoint keeps the files that an export needs again."""

@@ -11,7 +11,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_glmv.config.weight_map import MappingError
-from megatron_glmv.convert.checkpoint_folder import find, read_manifest, shape_of
 from megatron_glmv.convert.checkpoint_import import import_folder
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_export import export_checkpoint
@@ -19,6 +18,7 @@ from megatron_glmv.convert.lora import open_weights
 from megatron_glmv.convert.peft_export import export_adapters
 from megatron_glmv.convert.processor import find_processor
 from megatron_glmv.convert.verify import PARITY, Parity, compare
+from megatron_glmv.run_folder.checkpoint_folder import find, read_manifest, shape_of
 
 OK, FAILED = 0, 1
 

@@ -21,7 +21,6 @@ from torch.nn import Module, Parameter
 
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.weight_map import entries, hf_names, split_of
-from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.hf_config import config_json
 from megatron_glmv.convert.hf_folder import write_weights
@@ -31,6 +30,7 @@ from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.convert.parameters import Owner, adapters_of_weights, local_parameters, pipeline_owners
 from megatron_glmv.convert.processor import check_processor, copy_processor
 from megatron_glmv.parallel import platform
+from megatron_glmv.run_folder.checkpoint_folder import read_manifest, shape_of
 
 
 def gather_hf_tensors(

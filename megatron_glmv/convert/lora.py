@@ -19,10 +19,10 @@ from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.weight_map import Entry, MappingError, entries, entry
-from megatron_glmv.convert.checkpoint_folder import read_manifest
 from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors, Stored
 from megatron_glmv.convert.mapping import hf_rows
 from megatron_glmv.model.lora import ADAPTER, AdapterPlan
+from megatron_glmv.run_folder.checkpoint_folder import read_manifest
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements of a weight that are merged at a time: 64 MB in fp32, where the largest weight of the 9B would take 2.5 GB."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_glmv.config.weight_map import MappingError
-from megatron_glmv.convert.checkpoint_folder import PARTIAL, sync
+from megatron_glmv.run_folder.checkpoint_folder import PARTIAL, sync
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer
 
 from megatron_glmv.config.base import InputError, read_yaml
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.convert.checkpoint_folder import CheckpointError, find
 from megatron_glmv.convert.hf_config import generation_config_json
 from megatron_glmv.data.fast_tokenizer import convert_sentencepiece, tokenizer_config
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, find
 from megatron_glmv.sequence.grid import VIDEO_LIMITS
 
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.weight_map import check_hf_shapes, entries
-from megatron_glmv.convert.checkpoint_folder import PARTIAL, check_architecture, origin, read_manifest
 from megatron_glmv.convert.checkpoint_tensors import Stored
 from megatron_glmv.convert.compare import Run, different_tensors, run_megatron, run_transformers
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.probe import DOCUMENTS, make_probe
+from megatron_glmv.run_folder.checkpoint_folder import PARTIAL, check_architecture, origin, read_manifest
 
 PARITY = "parity.json"
 TOLERANCE = 5e-4

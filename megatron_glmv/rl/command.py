@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,7 +14,6 @@ import torch.distributed as dist
 from megatron_glmv.config.base import ConfigError, to_yaml
 from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.config.rl_stage import RlConfig
-from megatron_glmv.convert.checkpoint_folder import CheckpointError, find, latest
 from megatron_glmv.convert.processor import find_processor
 from megatron_glmv.data.chat import Chat, ProcessorError
 from megatron_glmv.parallel import platform
@@ -31,14 +31,16 @@ from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rollout import Roller
 from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, find
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import METRICS_FILE, Recorder
+from megatron_glmv.training.recorder import Recorder
 from megatron_glmv.training.start import begin_run, first_state, load_start
-from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.stragglers import Stragglers
 
 PICTURE = "curves.png"
 
@@ -87,7 +89,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
         load_start(config, models, assembly, checkpointer)
         reference = Reference(models)
     state = first_state(config, models, assembly, checkpointer)
-    _load_state(config, state, curriculum, expansion)
+    _load_state(checkpointer.origin, curriculum, expansion)
     sampling = sampling_in_ids(config.sampling, config.force_answer, config.model.shape, chat)
     longest = sampling.rule if isinstance(sampling.rule, int) else sampling.rule.max_tokens
     with contextlib.ExitStack() as stack:
@@ -116,7 +118,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
             recorder = Recorder(config.run_folder, config.metrics, state.step or -1)
             stack.callback(recorder.close)
             job.events.say = recorder.note
-        begin_run(job, config, models, state)
+        begin_run(job, config, models, checkpointer, state)
         if recorder is not None:
             recorder.note(files.describe())
         yield RlRun(
@@ -135,6 +137,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
             recorder,
             job,
             Observer(assembly),
+            Stragglers(assembly),
             Profiler(config.profile, config.run_folder, dist.get_rank(), recorder.note if recorder else None),
         )
 
@@ -169,10 +172,9 @@ def _decode_device(config: RlConfig) -> Literal["cpu", "gpu"]:
     return chosen
 
 
-def _load_state(config: RlConfig, state: TrainState, curriculum: Curriculum, expansion: Expansion) -> None:
-    """Continue curriculum and expansion from the checkpoint that the counters came from."""
-    folder = latest(config.run_folder)
-    if folder is None or not state.step:
+def _load_state(folder: Path | None, curriculum: Curriculum, expansion: Expansion) -> None:
+    """Continue curriculum and expansion from the checkpoint that the counters came from; None: there is none."""
+    if folder is None:
         return
     try:
         tree = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_glmv.rl.grading import TIERS
-from megatron_glmv.training.recorder import read_metrics
+from megatron_glmv.run_folder.metrics_file import read_metrics
 
 SMOOTHING = 0.8
 """Share of the past in the curves of rewards, which are noisy from one iteration to the next."""

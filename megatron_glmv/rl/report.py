@@ -14,7 +14,7 @@ from megatron_glmv.rl.outcome import outcome_of
 from megatron_glmv.rl.policy_step import PolicyReport
 from megatron_glmv.rl.rollout import Wave
 from megatron_glmv.rl.types import Group
-from megatron_glmv.training.progress import format_duration
+from megatron_glmv.run_folder.figures import format_duration
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Source: arXiv 2507.01006, section 5 (RLCS).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -27,7 +27,7 @@ from megatron_glmv.rl.report import Iteration, by_name, describe, describe_group
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rollout import Roller, Wave, join_waves
 from megatron_glmv.rl.rollout_files import rollout_file, write_rollouts
-from megatron_glmv.rl.types import Task
+from megatron_glmv.rl.types import Group, Prompt, Task
 from megatron_glmv.rl.weights import send_weights
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
@@ -36,6 +36,7 @@ from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import Recorder, record_save
 from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.stragglers import Stragglers
 
 STATE_FILE = "rl.json"
 """Of a checkpoint: curriculum and expansion."""
@@ -63,7 +64,23 @@ class RlRun:
     """On the one rank that reports."""
     job: Job
     observer: Observer
+    stragglers: Stragglers
     profiler: Profiler
+
+
+class Reading:
+    """How long this rank waits for its rows' pictures, which the update decodes again."""
+
+    def __init__(self, read_pixels: Callable[[Group], Prompt]) -> None:
+        self._read_pixels = read_pixels
+        self.seconds = 0.0
+
+    def read(self, group: Group) -> Prompt:
+        """As the function given."""
+        began = time.perf_counter()
+        prompt = self._read_pixels(group)
+        self.seconds += time.perf_counter() - began
+        return prompt
 
 
 class Clock:
@@ -90,7 +107,11 @@ def train(run: RlRun) -> bool:
     Returns:
         Whether the last iteration is done.
     """
-    with run.job.stop.listening():
+    # Asked while it started: what it goes on from may be on the nodes' own disks alone.
+    stopped = run.state.step < run.config.steps and run.job.stop.is_agreed()
+    if stopped and run.state.step:
+        run.checkpointer.save(run.state, {STATE_FILE: state_dict(run)}, must=True)
+    elif not stopped:
         stopped = _train(run)
     run.checkpointer.close()
     _report_save(run)
@@ -127,6 +148,9 @@ def _train(run: RlRun) -> bool:
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             run.job.watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
+        elif _is_due(state.step, config.checkpoint.local_every_steps):
+            run.job.watchdog.beat(state.step, "local copy")
+            run.checkpointer.save_local(state, {STATE_FILE: state_dict(run)})
         _report_save(run)
     return stopping
 
@@ -148,7 +172,12 @@ def iterate(run: RlRun) -> dict[str, Any]:
     clock.lap("rollout")
     run.job.watchdog.beat(state.step, "update")
     chosen = [wave.groups[place] for place in selection.chosen]
-    policy = update_on(run.assembly, config, chosen, state.step, run.roller.read_pixels, run.reference)
+    reading = Reading(run.roller.read_pixels)
+    with run.stragglers.watch(state.step + 1):
+        policy = update_on(run.assembly, config, chosen, state.step, reading.read, run.reference)
+    ranks = run.stragglers.compare(reading.seconds)
+    if ranks is not None and run.recorder is not None:
+        run.recorder.write({"step": state.step + 1, "ranks": ranks}, "rl")
     clock.lap("update")
     run.job.watchdog.beat(state.step, "weights")
     send_weights(run.assembly.chunks, config.model.shape, run.engine, state.step + 1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import CheckpointingException, ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import (
     StrictHandling,
     get_default_load_sharded_strategy,
@@ -31,17 +31,18 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_glmv.config.base import to_yaml
 from megatron_glmv.config.training import StageConfig
-from megatron_glmv.convert import checkpoint_folder as folders
-from megatron_glmv.convert.checkpoint_folder import CheckpointError
-from megatron_glmv.convert.checkpoint_sums import Sums
 from megatron_glmv.convert.checkpoint_tensors import read_index
 from megatron_glmv.model.lora import has_adapter
+from megatron_glmv.run_folder import checkpoint_folder as folders
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_sums import Sums
+from megatron_glmv.run_folder.events import EventLog
 from megatron_glmv.training import checkpoint_files as files
 from megatron_glmv.training.checkpoint_choice import damage_of, newest_whole
+from megatron_glmv.training.checkpoint_faults import FAILURES, unreadable, unwritable
 from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.checkpoint_ranks import (
     check_same_everywhere,
@@ -52,12 +53,10 @@ from megatron_glmv.training.checkpoint_ranks import (
     sum_over_ranks,
 )
 from megatron_glmv.training.checkpoint_writer import CheckpointWrite
-from megatron_glmv.training.events import EventLog
+from megatron_glmv.training.local_copies import LocalCopies
 from megatron_glmv.training.optimizer import gather_weights
 from megatron_glmv.training.random_state import read_generators, restore_generators
 from megatron_glmv.training.state import TrainState
-
-_FAILURES = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException, CheckpointingException)
 
 
 @dataclasses.dataclass
@@ -116,6 +115,9 @@ class Checkpointer:
                 f"{newest}: run_folder holds checkpoints of an earlier run; set checkpoint.resume or use another run_folder"
             )
         on_first_rank(lambda: files.clean_leftovers(config.run_folder))
+        self._copies = LocalCopies(config, self._models, optimizer) if config.checkpoint.local_folder is not None else None
+        self.origin: Path | None = None
+        """The folder that the run goes on from: a shared checkpoint, or this rank's local copy."""
 
     def save(self, state: TrainState, extra: Mapping[str, Any] | None = None, *, must: bool = False) -> None:
         """Save after `state.step` steps; with ``checkpoint.asynchronous`` only the copying is done when this returns.
@@ -170,8 +172,8 @@ class Checkpointer:
                 validate_access_integrity=not self._validated,
                 async_sharded_save=True,
             )
-        except _FAILURES as error:
-            raise _unwritable(folder, error) from error
+        except FAILURES as error:
+            raise unwritable(folder, error) from error
         self._validated = True
         written = {name: json.dumps(tree) for name, tree in extra.items()}
         write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
@@ -188,6 +190,17 @@ class Checkpointer:
         if self._pending is not None and on_all_ranks(self._pending.write.is_written()):
             self._attempt(self._finish, self._pending.state.step, must=False)
 
+    def save_local(self, state: TrainState, extra: Mapping[str, Any] | None = None) -> None:
+        """Copy each rank's state to its node's own disk, where the configuration names one (``checkpoint.local_folder``).
+
+        Args:
+            state: counters.
+            extra: as for `save`; every rank's is written.
+        """
+        if self._copies is not None:
+            gather_weights(self._chunks)
+            self._copies.save(state, extra or {})
+
     def take_report(self) -> SaveReport | None:
         """What the checkpoint cost that has become complete since the last call; None: none has."""
         done, self._done = self._done, None
@@ -203,9 +216,13 @@ class Checkpointer:
         """
         if self._pending is not None:
             self._attempt(self._finish, self._pending.state.step, must=True)
+        if self._copies is not None:
+            self._copies.forget()
 
     def load_latest(self) -> TrainState | None:
         """Continue from the newest whole checkpoint of the run folder: weights, optimizer, random states, counters.
+
+        Newer local copies are taken instead, if every rank has its own.
 
         Returns:
             The counters, or None when there is no checkpoint.
@@ -213,9 +230,21 @@ class Checkpointer:
         Raises:
             CheckpointError: all are damaged, or it is of another architecture, precision or kind of optimizer.
         """
+        copied = self._copies.load(folders.latest(self._config.run_folder)) if self._copies is not None else None
+        state, self.origin = copied or self._load_shared()
+        if self._copies is not None:
+            self._copies.forget(after=0 if state is None else state.step)
+        return state
+
+    def describe_origin(self) -> str:
+        """Where the run goes on from, and why not from its local copies, for people; empty: it begins."""
+        passed_over = self._copies.passed_over if self._copies is not None else ""
+        return f"{self.origin or ''}{f' (not from the local copies: {passed_over})' if passed_over else ''}"
+
+    def _load_shared(self) -> tuple[TrainState | None, Path | None]:
         folder = newest_whole(self._config.run_folder, self._events, verify=self._config.checkpoint.verify)
         if folder is None:
-            return None
+            return None, None
         manifest = folders.read_manifest(folder)
         folders.check_architecture(folder, manifest, self._config.model.shape)
         files.check_resumable(folder, manifest, self._config)
@@ -228,15 +257,15 @@ class Checkpointer:
         self._load_model(loaded, folder)
         try:
             self._optimizer.load_state_dict(loaded["optimizer"])
-        except _FAILURES as error:
-            raise _unreadable(folder, error) from error
+        except FAILURES as error:
+            raise unreadable(folder, error) from error
         # The configuration rules over rates and decay; of the groups, the checkpoint rules over `step` alone.
         for group, own in zip(self._optimizer.param_groups, groups, strict=True):
             group.update(own)
         self._align_optimizer_steps()
         if same_layout:
             restore_generators(loaded["random"])
-        return TrainState(**manifest["state"])
+        return TrainState(**manifest["state"]), folder
 
     def return_to_latest(self) -> TrainState | None:
         """Go back to the newest whole checkpoint within a run; one that is being written is completed first.
@@ -284,8 +313,8 @@ class Checkpointer:
             if dist.get_rank() == 0:
                 folders.give_up_room(pending.partial)
             pending.write.finish()
-        except _FAILURES as error:
-            raise _unwritable(pending.folder, error) from error
+        except FAILURES as error:
+            raise unwritable(pending.folder, error) from error
         sums = gather_sums(pending.write.sums)
         on_first_rank(lambda: self._publish(pending, sums))
         self._failures, self._done = 0, pending
@@ -367,8 +396,8 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         loaded, _, unknown = dist_checkpointing.load(
             tree, str(folder), strategy, validate_access_integrity=False, strict=StrictHandling.RETURN_UNEXPECTED
         )
-    except _FAILURES as error:
-        raise _unreadable(folder, error) from error
+    except FAILURES as error:
+        raise unreadable(folder, error) from error
     lost = sorted(key for key in unknown if not key.endswith("_extra_state"))
     if lost:
         raise CheckpointError(f"{folder}: lacks {lost[0]} and {len(lost) - 1} more tensors that the model needs")
@@ -378,20 +407,3 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _is_written_here(shard: object) -> bool:
     """Whether this rank is the one that writes a tensor."""
     return isinstance(shard, ShardedTensor) and shard.data is not None and shard.replica_id in (0, (0, 0, 0))
-
-
-def _unwritable(folder: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"{folder}: could not be written ({_cause(error)}); older checkpoints are untouched")
-
-
-def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"{folder}: could not be read ({_cause(error)}); remove the folder to resume from the one before it")
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason in one line: Megatron and torch wrap the disk's own error several times."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300] or type(error).__name__

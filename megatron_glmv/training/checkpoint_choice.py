@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_glmv.convert import checkpoint_folder as folders
-from megatron_glmv.convert.checkpoint_folder import CheckpointError
-from megatron_glmv.convert.checkpoint_sums import find_damage
+from megatron_glmv.run_folder import checkpoint_folder as folders
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_sums import find_damage
+from megatron_glmv.run_folder.events import EventLog
 from megatron_glmv.training.checkpoint_ranks import check_same_everywhere, first_fault, on_first_rank
-from megatron_glmv.training.events import EventLog
 
 
 def newest_whole(run_folder: Path, events: EventLog, *, verify: bool) -> Path | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_glmv.config.training import CheckpointConfig, StageConfig
-from megatron_glmv.convert.checkpoint_folder import FORMAT, PARTIAL, ROOM, CheckpointError, complete_folders, origin
+from megatron_glmv.run_folder.checkpoint_folder import FORMAT, PARTIAL, ROOM, CheckpointError, complete_folders, origin
 
 REMOVING = ".removing"
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_glmv.convert.checkpoint_folder import CheckpointError
-from megatron_glmv.convert.checkpoint_sums import Sums
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_sums import Sums
 
 
 def over_ranks(value: int, operation: Any) -> int:

@@ -19,7 +19,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_glmv.convert.checkpoint_sums import Sums, sum_file
+from megatron_glmv.run_folder.checkpoint_sums import Sums, sum_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
 """File path, name inside the checkpoint, (byte items, tensor items) to write there; Megatron's WriteBucket."""

@@ -12,6 +12,7 @@ from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import platform
 from megatron_glmv.parallel.mcore import hardware
 from megatron_glmv.plan.devices import device_peak
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.guard import Guard
@@ -21,7 +22,6 @@ from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.planned import plan_run
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import METRICS_FILE
 from megatron_glmv.training.start import begin_run, first_state
 from megatron_glmv.training.stragglers import Stragglers
 
@@ -75,7 +75,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             )
             stack.callback(metrics.close)
             job.events.say = metrics.note
-        begin_run(job, config, models, state)
+        begin_run(job, config, models, checkpointer, state)
         if metrics is not None and (planned := plan_run(config, platform.device_name(), dist.get_world_size())):
             metrics.log_plan(state.step, planned)
         observer, stragglers = Observer(assembly), Stragglers(assembly)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch._C import _distributed_c10d
 
-from megatron_glmv.training.heartbeat import FOLDER, Heartbeat, age, list_ranks, process_state
+from megatron_glmv.run_folder.heartbeat import FOLDER, Heartbeat, age, list_ranks, process_state
 
 REPORTS = "hangs"
 """Folder of the run that keeps the reports."""

@@ -15,11 +15,13 @@ from megatron_glmv.config.base import InputError
 from megatron_glmv.config.fp8 import Hardware, usable_precision
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.parallel import groups
-from megatron_glmv.training.events import EventLog
-from megatron_glmv.training.heartbeat import FINISHED, STOPPED, describe_end, forget_ranks, read_heartbeats
-from megatron_glmv.training.refusal import note_refusal, repeat_refusal
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders
+from megatron_glmv.run_folder.events import EventLog
+from megatron_glmv.run_folder.heartbeat import FINISHED, STOPPED, describe_end, forget_ranks, read_heartbeats
+from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
+from megatron_glmv.run_folder.refusal import note_refusal, repeat_refusal
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.stop import StopRequest, is_first_rank, num_restarts
+from megatron_glmv.training.stop import StopRequest
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
 
 Stage = TypeVar("Stage", bound=StageConfig)
@@ -67,7 +69,7 @@ def run_job(config: StageConfig, work: Callable[[Job], bool]) -> int:
         job = _join(config)
         watchdog = job.watchdog
         watchdog.start()
-        finished = work(job)
+        finished = not _stops_before_work(config, job) and work(job)
     except InputError as error:
         note_refusal(config.run_folder, error)
         if watchdog is not None:
@@ -89,10 +91,22 @@ def end_run(job: Job, state: TrainState, *, stopped: bool) -> None:
     """Record how the run ended; a request to stop has been answered either way."""
     job.stop.done()
     if stopped:
-        text = f"stopped on request at step {state.step} ({job.stop.reason}); saved, and the next start goes on from there"
+        then = "saved, and the next start goes on from there" if state.step else "the next start begins anew"
+        text = f"stopped on request at step {state.step} ({job.stop.reason}); {then}"
         job.events.record("stop", state.step, text)
     else:
         job.events.record("finish", state.step, f"finished, {state.step} steps done")
+
+
+def _stops_before_work(config: StageConfig, job: Job) -> bool:
+    """Whether the run was asked to stop while it started: then it has lost nothing, and ends; every rank must call it."""
+    # Local copies are first loaded, and saved where all nodes see them.
+    if config.checkpoint.local_folder is not None or not job.stop.is_agreed():
+        return False
+    step = max(complete_folders(config.run_folder), default=0)
+    job.watchdog.beat(step, "stop")
+    end_run(job, TrainState(step), stopped=True)
+    return True
 
 
 def _join(config: StageConfig) -> Job:

@@ -45,7 +45,11 @@ def train(run: Run) -> bool:
     Returns:
         Whether the last step is done.
     """
-    with run.job.stop.listening():
+    # Asked while it started: what it goes on from may be on the nodes' own disks alone.
+    stopped = run.state.step < run.config.steps and run.job.stop.is_agreed()
+    if stopped and run.state.step:
+        run.checkpointer.save(run.state, must=True)
+    elif not stopped:
         stopped = _train(run)
     run.checkpointer.close()
     report_save(run)
@@ -88,6 +92,9 @@ def _train(run: Run) -> bool:
         if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
             watchdog.beat(state.step, "checkpoint")
             run.checkpointer.save(state, must=last or stopping)
+        elif _is_due(state.step, config.checkpoint.local_every_steps):
+            watchdog.beat(state.step, "local copy")
+            run.checkpointer.save_local(state)
         report_save(run)
     return stopping
 

@@ -13,10 +13,11 @@ from typing import Any, TextIO
 
 from megatron_glmv.config.model import Part
 from megatron_glmv.config.training import MetricsConfig
+from megatron_glmv.run_folder.figures import format_count, format_duration, format_rate
+from megatron_glmv.run_folder.metrics_file import read_metrics
 from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.observation import Observation
-from megatron_glmv.training.progress import format_count, format_duration, format_rate
-from megatron_glmv.training.recorder import Recorder, read_metrics, record_save
+from megatron_glmv.training.recorder import Recorder, record_save
 
 _SMOOTHING = 0.9
 """Share of the past in the seconds per step that the remaining time is reckoned with."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_glmv.parallel import groups, platform
-from megatron_glmv.training.heartbeat import list_ranks
+from megatron_glmv.run_folder.heartbeat import list_ranks
 
 
 class OwnGradients:

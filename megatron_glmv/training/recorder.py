@@ -14,11 +14,10 @@ from typing import Any, TextIO
 
 from megatron_glmv.config.base import InputError, read_yaml
 from megatron_glmv.config.training import MetricsConfig, WandbConfig
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE, rewind
 from megatron_glmv.training.checkpoint_files import SaveReport
 from megatron_glmv.training.observation import Histogram, Observation
 from megatron_glmv.training.progress import ProgressLine
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class Recorder:
@@ -97,28 +96,6 @@ def record_save(recorder: Recorder, save: SaveReport, kind: str) -> None:
     recorder.write({"step": save.step, "checkpoint": {"stall_s": save.stall_s, "seconds": save.seconds}}, kind)
     stall = f"training stood still for {save.stall_s:.2f} of its {save.seconds:.2f} s"
     recorder.note(f"checkpoint of step {save.step} complete; {stall}")
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics.jsonl in order; a line that a killed run left unfinished is passed over."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
-
-
-def rewind(path: Path, step: int) -> None:
-    """Drop the records after `step`, and unfinished lines."""
-    if not path.is_file():
-        return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _open_board(folder: Path, first_step: int) -> Any:

@@ -9,16 +9,15 @@ import torch.distributed as dist
 
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.training import StageConfig
-from megatron_glmv.convert.checkpoint_folder import latest
 from megatron_glmv.convert.hf_import import load_hf_weights
 from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.parallel.mcore import layer_kind
+from megatron_glmv.run_folder.launch import num_restarts
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job
 from megatron_glmv.training.state import TrainState
-from megatron_glmv.training.stop import num_restarts
 
 
 def first_state(
@@ -47,17 +46,18 @@ def starts_from_hf(model: ModelConfig) -> bool:
     return model.hf_folder is not None and model.load_weights
 
 
-def begin_run(job: Job, config: StageConfig, models: Sequence[Glm4vModel], state: TrainState) -> None:
+def begin_run(
+    job: Job, config: StageConfig, models: Sequence[Glm4vModel], checkpointer: Checkpointer, state: TrainState
+) -> None:
     """Record and say what starts here."""
     details = {"ranks": dist.get_world_size(), "restarts": num_restarts(), "host": socket.gethostname()}
-    job.events.record("start", state.step, describe_start(config, models, state), details)
+    job.events.record("start", state.step, describe_start(config, models, checkpointer.describe_origin(), state), details)
 
 
-def describe_start(config: StageConfig, models: Sequence[Glm4vModel], state: TrainState) -> str:
+def describe_start(config: StageConfig, models: Sequence[Glm4vModel], origin: str, state: TrainState) -> str:
     """What runs here, in one line."""
     layout, data = config.parallel, groups.data_size()
-    newest = latest(config.run_folder)
-    origin = f"resuming {newest} at step {state.step}" if state.step else "starting"
+    origin = f"resuming {origin} at step {state.step}" if state.step else f"starting{origin}"
     size = sum(parameter.numel() for model in models for parameter in model.parameters())
     return (
         f"{origin}: tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} x data {data} "

@@ -1,28 +1,19 @@
 """Ending a run on request: a file in its folder, or a signal to any of its ranks.
 
-All ranks agree at the end of a step, save, and end with exit code 0. The file is ``RUN_FOLDER/stop``: ``glmv stop`` writes it,
-as may a batch script. The signals are SIGTERM and SIGUSR1; they are only requests while the loop runs, before which there is
-nothing to save.
+All ranks agree at the end of a step, save, and end with exit code 0; before the first step there is nothing to save.
+The file is ``RUN_FOLDER/stop``: ``glmv stop`` writes it, as may a batch script. The signals are SIGTERM and SIGUSR1.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
-import torch.distributed as dist
-
-from megatron_glmv.config.base import InputError
+from megatron_glmv.run_folder.launch import launch_start
+from megatron_glmv.run_folder.stop_file import STOP_FILE
+from megatron_glmv.run_folder.stop_signals import received
 from megatron_glmv.training.agreement import agree
-from megatron_glmv.training.heartbeat import FINISHED, STOPPED, describe_end, is_gone, read_heartbeats
 
-STOP_FILE = "stop"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOOK_EVERY_S = 1.0
 
 
@@ -42,16 +33,6 @@ class StopRequest:
         self._reason = ""
         self._looked = 0.0
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals as requests inside the block."""
-        before = {number: signal.signal(number, self._take) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def leave_out_earlier(self) -> str:
         """Remove a file that was meant for an earlier start; returns a line about it, or nothing."""
         if not self._reads_file or self._restarts:
@@ -60,13 +41,15 @@ class StopRequest:
             asked = self._file.stat().st_mtime
         except OSError:
             return ""
-        if asked >= _process_start():
+        if asked >= launch_start():
             return ""
         self._file.unlink(missing_ok=True)
         return f"{self._file}: a request from before this start ({time.ctime(asked)}) was removed; the run goes on"
 
     def is_requested(self) -> bool:
         """Whether this rank knows of a request; costs a look at the disk once a second on one rank."""
+        if not self._reason and (name := received()):
+            self._reason = f"signal {name}"
         if not self._reason and self._reads_file and time.monotonic() - self._looked > _LOOK_EVERY_S:
             self._looked = time.monotonic()
             if self._file.exists():
@@ -86,43 +69,3 @@ class StopRequest:
         """Remove the file, so that the next start goes on."""
         if self._reads_file:
             self._file.unlink(missing_ok=True)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self._reason = f"signal {signal.Signals(number).name}"
-
-
-def request_stop(run_folder: Path) -> str:
-    """``glmv stop``: ask a run to save and end; returns a line about what will happen.
-
-    Raises:
-        InputError: it is no run's folder, or nothing runs there.
-    """
-    if not (run_folder / "config.yaml").is_file():
-        raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
-    beats = read_heartbeats(run_folder)
-    ended = bool(beats) and all(beat.failure in (FINISHED, STOPPED) or is_gone(beat) for beat in beats)
-    if ended:
-        how = describe_end(beats)
-        raise InputError(f"{run_folder}: nothing runs there ({how[1] if how else f'it is {beats[0].failure}'})")
-    (run_folder / STOP_FILE).touch()
-    return f"asked; the run saves a checkpoint and ends after the step it is in. Take it back with: rm {run_folder / STOP_FILE}"
-
-
-def num_restarts() -> int:
-    """Restarts that the launcher has made of this process's group; 0 without a launcher."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def is_first_rank() -> bool:
-    """Whether this is rank 0, before there is a process group, too."""
-    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
-
-
-def _process_start() -> float:
-    """Seconds since the epoch when this process began."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        up_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
-    except (OSError, ValueError, IndexError):
-        return time.time()
-    return time.time() - up_s + ticks / os.sysconf("SC_CLK_TCK")

@@ -60,7 +60,7 @@ class Stragglers:
         """The ranks of the step that was watched; None: it was not. Collective.
 
         Args:
-            wait_s: seconds that this rank has waited for rows.
+            wait_s: seconds that this rank has waited for rows; in reinforcement learning, for their pictures.
 
         Returns:
             For the record: the rank whose computing took longest against the mean of its pipeline stage (`rank`, `ratio`,

@@ -23,9 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from megatron_glmv.training.events import record_event
-from megatron_glmv.training.hang_report import compose_report, first_behind, save_report, stacks_path, words_path, write_words
-from megatron_glmv.training.heartbeat import (
+from megatron_glmv.run_folder.events import record_event
+from megatron_glmv.run_folder.heartbeat import (
     FINISHED,
     FOLDER,
     LOST_CONTACT,
@@ -38,6 +37,7 @@ from megatron_glmv.training.heartbeat import (
     own_heartbeat,
     read_heartbeat,
 )
+from megatron_glmv.training.hang_report import compose_report, first_behind, save_report, stacks_path, words_path, write_words
 
 EXIT_CODE = 70
 """Exit code of a rank that its watchdog has ended."""

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_glmv.convert.checkpoint_folder import MANIFEST, read_manifest
-from megatron_glmv.convert.checkpoint_sums import OWN_SUM, manifest_sum
+from megatron_glmv.run_folder.checkpoint_folder import MANIFEST, read_manifest
+from megatron_glmv.run_folder.checkpoint_sums import OWN_SUM, manifest_sum
 
 
 def change_manifest(folder: Path, **changes: Any) -> None:

@@ -20,12 +20,12 @@ NEW_TOKENS = 12
 def _answer(rank: int, checkpoint: Path, prompt: list[int], patches: torch.Tensor, frame: tuple[int, int]) -> list[int]:
     """Greedy tokens of the Megatron model, the whole row computed anew for each."""
     from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
-    from megatron_glmv.convert.checkpoint_folder import read_manifest, shape_of
     from megatron_glmv.convert.checkpoint_tensors import CheckpointTensors
     from megatron_glmv.convert.parameters import local_parameters
     from megatron_glmv.model.glm4v import build_model
     from megatron_glmv.model.inputs import make_inputs
     from megatron_glmv.parallel import groups
+    from megatron_glmv.run_folder.checkpoint_folder import read_manifest, shape_of
     from megatron_glmv.sequence.packed import Document, pack
 
     layout = ParallelConfig(distributed_optimizer=False)

@@ -21,11 +21,11 @@ from megatron_glmv.config.base import InputError, validate
 from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.config.weight_map import MappingError, hf_names
-from megatron_glmv.convert.checkpoint_folder import find, read_manifest
 from megatron_glmv.convert.command import run_export
 from megatron_glmv.convert.hf_export import export_checkpoint
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.convert.processor import ProcessorError
+from megatron_glmv.run_folder.checkpoint_folder import find, read_manifest
 from tests.convert.checkpoints import change_manifest
 from tests.convert.test_processor import RELEASED, WRITERS
 from tests.model import oracle

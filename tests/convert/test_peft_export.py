@@ -24,9 +24,9 @@ from megatron_glmv.config.lora import LoraConfig
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.weight_map import MappingError, hf_names
 from megatron_glmv.convert import lora
-from megatron_glmv.convert.checkpoint_folder import find
 from megatron_glmv.convert.command import run_adapter, run_export
 from megatron_glmv.convert.peft_export import export_adapters, target_modules
+from megatron_glmv.run_folder.checkpoint_folder import find
 from tests.convert.checkpoints import change_manifest
 from tests.data.processor import write_processor
 from tests.model import adapters, oracle

@@ -124,7 +124,7 @@ def test_the_proof_is_kept_beside_the_weights(folder: Path, tmp_path: Path) -> N
 
 def test_imported_weights_are_no_run_to_resume(folder: Path) -> None:
     """A checkpoint without an optimizer says what to do instead."""
-    from megatron_glmv.convert.checkpoint_folder import CheckpointError, read_manifest
+    from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, read_manifest
     from megatron_glmv.training.checkpoint_files import check_resumable
 
     manifest = read_manifest(folder / "checkpoint_fp32")

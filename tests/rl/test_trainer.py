@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_glmv.convert.checkpoint_folder import latest
+from megatron_glmv.run_folder.checkpoint_folder import latest
 from tests.data.processor import write_processor
 from tests.rl.prompt_files import write_prompts
 from tests.stages import start_stage
@@ -57,6 +57,7 @@ def config_file(folder: Path, name: str, **changes: Any) -> Path:
         "repack": {"row_length": 512},
         "optimizer": {"lr": 0.001, "schedule": "constant"},
         "checkpoint": {"every_steps": EVERY, "keep": 10},
+        "metrics": {"ranks_every_steps": 2},
         "evaluation": {"prompts": 6, "answers": 2},
     }
     path = folder / f"{name}.yaml"
@@ -169,6 +170,16 @@ def test_a_reference_holds_the_start_and_moves_away(replicas: Path) -> None:
     assert 0 < 3 * records[1]["policy"]["kl_reference"] < records[3]["policy"]["kl_reference"]
     assert records[1]["updates"] == 2
     assert records[1]["policy"]["ratio_max"] > 1.0
+
+
+def test_ranks_are_compared_in_some_updates(whole, replicas: Path) -> None:
+    for run, steps in ((whole[0], (2, 4)), (replicas, (2,))):
+        listed = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        found = {record["step"]: record["ranks"] for record in listed if "ranks" in record}
+        assert tuple(found) == steps
+        for ranks in found.values():
+            assert ranks["rank"] in (0, 1) and 1 <= ranks["ratio"] < 2
+            assert ranks["compute_s"] > 0 and ranks["wait_s"] > 0, "one rank or both decode the pictures again"
 
 
 def wait_for_iteration(run: Path, iteration: int, process: subprocess.Popen[str]) -> None:

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from megatron_glmv import cli
-from megatron_glmv.training.events import read_events
+from megatron_glmv.run_folder.events import read_events
 from tests.data.rows import LENGTH, write_rows
 from tests.rl.test_trainer import config_file as rl_config_file
 from tests.slurm.cluster import Cluster, install_slurm

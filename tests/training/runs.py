@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
-from megatron_glmv.training.events import read_events
-from megatron_glmv.training.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
+from megatron_glmv.run_folder.events import read_events
+from megatron_glmv.run_folder.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
 from tests.data.rows import LENGTH
 from tests.stages import start_stage
 
@@ -67,6 +70,38 @@ def wait_for_event(run: Path, kind: str, count: int, process: subprocess.Popen[s
             return
         time.sleep(0.05)
     raise AssertionError(f"{count} events {kind!r} were never recorded: {process.communicate()[0]}")
+
+
+def wait_for_listening_ranks(launcher: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+    """Wait until so many ranks, which are still starting, take SIGTERM as a request."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and launcher.poll() is None:
+        ranks = [rank for rank in ranks_of(launcher) if _catches(rank.pid, signal.SIGTERM)]
+        if len(ranks) == count:
+            return ranks
+        time.sleep(0.01)
+    raise AssertionError(f"{count} ranks never listened: {launcher.communicate()[0]}")
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The launcher's ranks that live."""
+    found = []
+    for child in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Between fork and exec a child is still the launcher, whose words have --ranks.
+            words = child.cmdline()
+            if child.status() != psutil.STATUS_ZOMBIE and "megatron_glmv" in words and "--ranks" not in words:
+                found.append(child)
+    return found
+
+
+def _catches(process: int, number: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def events_of(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 
-from megatron_glmv.convert.checkpoint_folder import complete_folders
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders
 from tests.data.rows import write_rows
 from tests.ranks import run_ranks
 from tests.stages import start_stage
-from tests.training.runs import config_file, events_of, steps_of
+from tests.training.runs import config_file, events_of, ranks_of, steps_of
 
 RANKS, EVERY = 2, 3
 _STEPS_PER_KILL, _FEWEST_STEPS = 5, 80
@@ -99,20 +99,8 @@ def _wait_for(moment: str, run: Path, process: subprocess.Popen[str], dice: rand
     time.sleep(dice.uniform(0, 0.15))
     ranks: list[psutil.Process] = []
     while not ranks and process.poll() is None and time.monotonic() < deadline:
-        ranks = _ranks(process)
+        ranks = ranks_of(process)
     return dice.choice(ranks).pid if ranks else None
-
-
-def _ranks(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The launcher's ranks that live."""
-    found = []
-    for child in psutil.Process(launcher.pid).children():
-        try:
-            if child.status() != psutil.STATUS_ZOMBIE and "megatron_glmv" in child.cmdline():
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 def load_all(rank: int, file: str, scratch: str) -> list[int]:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_glmv.convert.checkpoint_folder import CheckpointError, complete_folders, latest
-from megatron_glmv.training.events import read_events
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, complete_folders, latest
+from megatron_glmv.run_folder.events import read_events
 from megatron_glmv.training.state import TrainState
 from tests.ranks import run_ranks, watch_ranks
 

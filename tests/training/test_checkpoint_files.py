@@ -11,8 +11,8 @@ import pytest
 
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.training import CheckpointConfig, TrainConfig
-from megatron_glmv.convert import checkpoint_folder as folders
-from megatron_glmv.convert.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder import checkpoint_folder as folders
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
 from megatron_glmv.training import checkpoint_files as files
 
 LAYOUT = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "context": 1, "data": 1}

@@ -12,7 +12,7 @@ import torch
 
 from megatron_glmv.config.base import load
 from megatron_glmv.config.training import GuardConfig, TrainConfig
-from megatron_glmv.training.events import EventLog, read_events
+from megatron_glmv.run_folder.events import EventLog, read_events
 from megatron_glmv.training.guard import Guard, GuardError
 from megatron_glmv.training.state import TrainState
 from tests.data.rows import write_rows

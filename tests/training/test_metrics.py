@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from megatron_glmv.config.training import MetricsConfig
+from megatron_glmv.run_folder.figures import format_count, format_duration, format_rate
+from megatron_glmv.run_folder.metrics_file import read_metrics
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics, draw_loss
-from megatron_glmv.training.progress import ProgressLine, format_count, format_duration, format_rate
-from megatron_glmv.training.recorder import read_metrics
+from megatron_glmv.training.progress import ProgressLine
 
 
 class Terminal(io.StringIO):

@@ -23,8 +23,9 @@ from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.training import MetricsConfig, TrainConfig
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.plan.flops import forward_flops
+from megatron_glmv.run_folder.metrics_file import read_metrics
 from megatron_glmv.sequence.packed import PackedSequence
-from megatron_glmv.training.recorder import Recorder, read_metrics
+from megatron_glmv.training.recorder import Recorder
 from tests.data.rows import LENGTH, write_rows
 from tests.stages import start_stage
 

@@ -58,6 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     code, output = train(config_file(folder, "run", data / "good"), 2)
     assert code == 0, output
+    assert "incomplete / corrupted" not in output, "Megatron warns of a folder that is not empty before it saves"
     return folder / "run"
 
 

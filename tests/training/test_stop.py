@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_glmv import cli
-from megatron_glmv.convert.checkpoint_folder import complete_folders
-from megatron_glmv.training.heartbeat import read_heartbeats
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders
+from megatron_glmv.run_folder.heartbeat import read_heartbeats
 from megatron_glmv.training.stop import StopRequest
 from tests.data.rows import write_rows
 from tests.stages import start_stage
-from tests.training.runs import config_file, events_of, heartbeat_of, steps_of, wait_for_event, wait_for_step
+from tests.training.runs import (
+    config_file,
+    events_of,
+    heartbeat_of,
+    steps_of,
+    wait_for_event,
+    wait_for_listening_ranks,
+    wait_for_step,
+)
 
 PARALLEL = {"tensor": 1, "timeout_s": 60}
 
@@ -61,6 +71,48 @@ def test_ranks_start_again_and_a_run_stops_on_request(tmp_path: Path, data: Path
     assert "a request from before this start" in output
     assert events_of(run, "stop")[1]["step"] == list(complete_folders(run))[-1] > stop["step"] + 1
     assert len(events_of(run, "fault")) == 1
+
+
+def test_the_launcher_passes_a_request_on_and_ends_the_ranks_at_a_second(tmp_path: Path, data: Path) -> None:
+    run, file = tmp_path / "run", config_file(tmp_path, "run", data, parallel=PARALLEL, steps=100000)
+    process = start_stage("train", file, 2)
+    wait_for_step(run, 3, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "glmv: SIGTERM: the ranks save and end" in output and "Traceback" not in output
+    [stop] = events_of(run, "stop")
+    assert list(complete_folders(run))[-1] == stop["step"] == max(steps_of(run))
+    assert [beat.failure for beat in read_heartbeats(run)] == ["stopped"] * 2
+    assert not (run / "stop").exists()
+
+    process = start_stage("train", file, 2)
+    wait_for_step(run, stop["step"] + 2, process)
+    ranks = [heartbeat_of(run, rank).process for rank in range(2)]
+    os.kill(ranks[1], signal.SIGSTOP)  # so that no rank comes to the end of its step
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert output.splitlines()[-1].startswith("glmv: error: ranks ended by SIGTERM") and "Traceback" not in output
+    assert not any(psutil.pid_exists(rank) and psutil.Process(rank).status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+@pytest.mark.parametrize("to_launcher", [False, True], ids=["a rank", "the launcher"])
+def test_a_request_during_the_start_is_answered_before_the_first_step(tmp_path: Path, data: Path, to_launcher: bool) -> None:
+    run = tmp_path / "run"
+    process = start_stage("train", config_file(tmp_path, "run", data, parallel=PARALLEL, steps=100000), 2)
+    ranks = wait_for_listening_ranks(process, 2)
+    os.kill(process.pid if to_launcher else ranks[1].pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "Traceback" not in output, output
+    [stop] = events_of(run, "stop")
+    assert stop["step"] == 0 and "stopped on request at step 0" in stop["text"] and "begins anew" in stop["text"]
+    assert [beat.failure for beat in read_heartbeats(run)] == ["stopped"] * 2
+    assert not (run / "metrics.jsonl").exists() and not complete_folders(run) and not (run / "stop").exists()
+    assert cli.main(["status", str(run), "--exit-code"]) == 3
 
 
 def test_what_no_restart_repairs_is_tried_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

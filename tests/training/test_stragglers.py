@@ -31,8 +31,8 @@ def run_slowly(rank: int, file: str) -> None:
 
     from megatron_glmv.data.shard_reader import ShardReader
     from megatron_glmv.parallel import groups
+    from megatron_glmv.run_folder.events import EventLog
     from megatron_glmv.training.command import open_run
-    from megatron_glmv.training.events import EventLog
     from megatron_glmv.training.job import Job
     from megatron_glmv.training.loop import train
     from megatron_glmv.training.stop import StopRequest

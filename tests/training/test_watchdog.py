@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_glmv.training.events import read_events
+from megatron_glmv.run_folder.events import read_events
+from megatron_glmv.run_folder.heartbeat import own_heartbeat
 from megatron_glmv.training.hang_report import first_behind, save_report
-from megatron_glmv.training.heartbeat import own_heartbeat
 from megatron_glmv.training.watchdog import EXIT_CODE, Watchdog, collective_timeout_s
 from tests.ranks import Outcome, watch_ranks
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from megatron_glmv import cli
-from megatron_glmv.training.events import record_event
-from megatron_glmv.training.heartbeat import Heartbeat, describe_end, heartbeat_path, read_heartbeats
-from megatron_glmv.training.status import describe_state
+from megatron_glmv.config.base import InputError
+from megatron_glmv.run_folder.events import record_event
+from megatron_glmv.run_folder.heartbeat import Heartbeat, describe_end, heartbeat_path, read_heartbeats
+from megatron_glmv.run_folder.refusal import note_refusal
+from megatron_glmv.run_folder.status import describe_state
+from tests.stages import REPOSITORY
 
 NOW = 1000.0
+HEAVY = ("torch", "megatron.core", "transformers", "nvidia.dali")
 ALIVE = Heartbeat(0, 7, "step", 30, NOW - 2, socket.gethostname(), os.getpid())
 FAR = replace(ALIVE, rank=1, host="another", process=1)
 STATES = {
@@ -167,5 +173,32 @@ def test_how_an_earlier_start_ended() -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", str(tmp_path)]) == 1
-    assert "holds no config.yaml" in capsys.readouterr().err
+    for words in ([str(tmp_path)], [str(tmp_path / "none"), "--exit-code"]):
+        assert cli.main(["status", *words]) == 1
+        assert "holds no config.yaml" in capsys.readouterr().err
+
+
+def test_a_run_that_came_to_no_step_can_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The launcher has made its folder; then ranks were killed before they wrote a configuration; then a fault came to stay."""
+    assert cli.main(["status", str(tmp_path), "--exit-code"]) == 3
+    assert "never started a rank" in capsys.readouterr().out
+    (tmp_path / "ranks").mkdir()
+    heartbeat_path(tmp_path, 0).write_bytes(
+        json.dumps(asdict(replace(ALIVE, step=0, phase="start", process=2**22 + 1))).encode()
+    )
+    assert cli.main(["status", str(tmp_path), "--exit-code"]) == 3
+    said = capsys.readouterr().out
+    assert "(no rank has come to its first step)" in said and "broke off" in said
+    assert cli.main(["status", str(tmp_path)]) == 0
+    note_refusal(tmp_path, InputError("shard 3 is cut"))
+    assert cli.main(["status", str(tmp_path), "--exit-code"]) == 1
+    assert "cannot go on: shard 3 is cut" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["status", "{run}"], ["status", "{run}", "--exit-code"], ["stop", "{run}"]])
+def test_a_run_is_looked_at_without_torch(tmp_path: Path, words: list[str]) -> None:
+    write_run(tmp_path, "steps: 20", [])
+    words = [word.format(run=tmp_path) for word in words]
+    look = f"import sys; from megatron_glmv import cli; cli.main({words!r}); print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_glmv.config.base import InputError, validate
 from megatron_glmv.config.model import ModelShape
-from megatron_glmv.convert.checkpoint_sums import FILES, OWN_SUM, manifest_sum, sum_file
+from megatron_glmv.run_folder.checkpoint_sums import FILES, OWN_SUM, manifest_sum, sum_file
 
 MANIFEST = "meta.json"
 CONFIG = "config.yaml"

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_glmv.config.base import InputError, read_yaml
-from megatron_glmv.convert.checkpoint_folder import complete_folders, read_manifest
-from megatron_glmv.training.events import read_events
-from megatron_glmv.training.heartbeat import FINISHED, LOST_CONTACT, STOPPED, Heartbeat, describe_end, is_gone, read_heartbeats
-from megatron_glmv.training.progress import format_count, format_duration
-from megatron_glmv.training.recorder import METRICS_FILE, read_metrics
-from megatron_glmv.training.refusal import read_refusal
+from megatron_glmv.run_folder.checkpoint_folder import complete_folders, read_manifest
+from megatron_glmv.run_folder.events import read_events
+from megatron_glmv.run_folder.figures import format_count, format_duration
+from megatron_glmv.run_folder.heartbeat import (
+    FINISHED,
+    FOLDER,
+    LOST_CONTACT,
+    STOPPED,
+    Heartbeat,
+    describe_end,
+    is_gone,
+    read_heartbeats,
+)
+from megatron_glmv.run_folder.metrics_file import METRICS_FILE, read_metrics
+from megatron_glmv.run_folder.refusal import read_refusal
 
 SILENT_S = 60.0
 """A rank renews its file every few seconds; one that has not for so long has ended or lost its disk."""
@@ -28,8 +37,12 @@ _SAME_FAULTS = 3
 """As many faults in a row at the same step, with the same words, are no accident."""
 
 
-def print_status(run_folder: Path) -> int:
+def print_status(run_folder: Path, *, for_script: bool = False) -> int:
     """Print what the folder says.
+
+    Args:
+        run_folder: of the run.
+        for_script: the folder is known to be a run's, though no rank may have come far enough to write anything into it.
 
     Returns:
         The exit code of ``glmv status --exit-code``.
@@ -37,24 +50,30 @@ def print_status(run_folder: Path) -> int:
     Raises:
         InputError: it is no run's folder.
     """
-    if not (run_folder / "config.yaml").is_file():
-        if refusal := read_refusal(run_folder):
-            raise InputError(f"{run_folder}: cannot go on: {refusal}")
+    config = None
+    if (run_folder / "config.yaml").is_file():
+        config = read_yaml(run_folder / "config.yaml")
+    elif refusal := read_refusal(run_folder):
+        raise InputError(f"{run_folder}: cannot go on: {refusal}")
+    elif not (run_folder if for_script else run_folder / FOLDER).is_dir():
         raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
-    config = read_yaml(run_folder / "config.yaml")
     records = list(read_metrics(run_folder / METRICS_FILE))
     for name, text in _lines(run_folder, config, records):
         print(f"{name:<12}{text}")
     return _exit_code(run_folder)
 
 
-def _lines(run_folder: Path, config: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    kind = "rl" if "prompts" in config else "train"
-    yield "run", f"{run_folder} (glmv {kind})"
+def _lines(
+    run_folder: Path, config: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    if config is None:
+        yield "run", f"{run_folder} (no rank has come to its first step)"
+    else:
+        yield "run", f"{run_folder} (glmv {'rl' if 'prompts' in config else 'train'})"
     refusal = read_refusal(run_folder)
     yield "state", f"cannot go on: {refusal}" if refusal else describe_state(read_heartbeats(run_folder), time.time())
     last = next((record for record in reversed(records) if "loss" in record or "expansion" in record), None)
-    if last is not None:
+    if last is not None and config is not None:
         yield from _progress(last, int(config["steps"]))
     evaluated = next((record for record in reversed(records) if "eval_loss" in record or "eval" in record), None)
     if evaluated is not None:

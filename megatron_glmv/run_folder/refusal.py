@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from megatron_glmv.config.base import InputError
-from megatron_glmv.training.heartbeat import FOLDER
-from megatron_glmv.training.stop import is_first_rank, num_restarts
+from megatron_glmv.run_folder.heartbeat import FOLDER
+from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
 
 _NOTE = "refused.json"
 

@@ -1,0 +1,38 @@
+"""What a process knows of its launch, from its environment: whoever starts ranks says so there."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_BEGAN = "GLMV_LAUNCHED_AT"
+
+
+def num_restarts() -> int:
+    """Restarts that the launcher has made of this process's group; 0 without a launcher."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, before there is a process group, too."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def mark_launch() -> None:
+    """Tell the ranks that this process starts when their launch began."""
+    os.environ[_BEGAN] = str(_process_start())
+
+
+def launch_start() -> float:
+    """Seconds since the epoch when this launch began: its launcher, if it said so, else this process."""
+    return float(os.environ.get(_BEGAN, "0")) or _process_start()
+
+
+def _process_start() -> float:
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        up_s = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.time()
+    return time.time() - up_s + ticks / os.sysconf("SC_CLK_TCK")
