@@ -339,6 +339,7 @@ def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConf
     config.data_parallel(ranks)
     if world is None and (ranks > 1 or arguments.restarts):
         return _start_ranks(ranks, [command, *arguments.configuration], config.run_folder, arguments.restarts)
+    importlib.import_module("megatron_glmv.run_folder.launch").end_with_launcher()
     with importlib.import_module("megatron_glmv.run_folder.stop_signals").listening():
         return importlib.import_module(module).run(config)
 
