@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
-_BEGAN = "GLMV_LAUNCHED_AT"
+_BEGAN, _LAUNCHER = "GLMV_LAUNCHED_AT", "GLMV_LAUNCHER"
+_PR_SET_PDEATHSIG = 1
 
 
 def num_restarts() -> int:
@@ -20,8 +25,19 @@ def is_first_rank() -> bool:
 
 
 def mark_launch() -> None:
-    """Tell the ranks that this process starts when their launch began."""
-    os.environ[_BEGAN] = str(_process_start())
+    """Tell the ranks that this process starts when their launch began, and whose they are."""
+    os.environ.update({_BEGAN: str(_process_start()), _LAUNCHER: str(os.getpid())})
+
+
+def end_with_launcher() -> None:
+    """Have the kernel kill this rank when its launcher is killed: nobody else would end it, and the next start meets it."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(launcher):
+        sys.exit("glmv: error: the launcher has ended")
 
 
 def launch_start() -> float:

@@ -78,6 +78,9 @@ def _lines(
     evaluated = next((record for record in reversed(records) if "eval_loss" in record or "eval" in record), None)
     if evaluated is not None:
         yield "held out", _evaluation(evaluated)
+    planned = next((record["planned"] for record in reversed(records) if "planned" in record), None)
+    if planned is not None:
+        yield "planned", f"{planned['step_s']:.2f} s a step, MFU {planned['mfu']:.1%}"
     compared = next((record for record in reversed(records) if "ranks" in record), None)
     if compared is not None:
         found = compared["ranks"]

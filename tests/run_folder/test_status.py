@@ -70,7 +70,8 @@ def test_a_training_run_is_told_from_its_files(tmp_path: Path, capsys: pytest.Ca
         "useful_share": 0.9,
         "skipped_steps": 1,
     }
-    write_run(tmp_path, "steps: 20", [step, {"step": 8, "eval_loss": 1.25}])
+    planned = {"step": 0, "planned": {"step_s": 0.4, "mfu": 0.5}}
+    write_run(tmp_path, "steps: 20", [planned, step, {"step": 8, "eval_loss": 1.25}])
     (tmp_path / "bad_samples_train_0.jsonl").write_text("{}\n{}\n")
     saved = tmp_path / "checkpoints/step_00000006"
     saved.mkdir(parents=True)
@@ -82,6 +83,7 @@ def test_a_training_run_is_told_from_its_files(tmp_path: Path, capsys: pytest.Ca
         "step 8 of 20, 40%; 0.50 s a step, 0:06 left",
         "1.5000, gradient norm 2.00",
         "4.00k useful tokens/s, 90% of all",
+        "0.40 s a step, MFU 50.0%",
         "1 steps whose gradients were not finite",
         "loss 1.2500 at step 8",
         "step_00000006 of step 6; 1 on disk",
