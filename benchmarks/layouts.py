@@ -72,7 +72,8 @@ def explain(overheads: dict[str, dict[str, float]]) -> bool:
         values = [found[layout] for found in overheads.values()]
         falls = values == sorted(values, reverse=True)
         line = ", ".join(f"{found[layout]:+.0%} at {name}" for name, found in overheads.items())
-        print(f"{layout}: overhead {line}: {'falling' if falls else 'not falling'} with model size.")
+        trend = f": {'falling' if falls else 'not falling'} with model size" if len(values) > 1 else ""
+        print(f"{layout}: overhead {line}{trend}.")
         fall = fall and falls
     return fall
 
