@@ -34,7 +34,7 @@ from megatron_glmv.config.base import validate
 from megatron_glmv.config.model import PRESETS, ModelShape
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import groups
-from megatron_glmv.plan.activations import row_bytes
+from megatron_glmv.plan.activations import most_going_on, row_bytes
 from megatron_glmv.plan.devices import Hardware
 from megatron_glmv.plan.estimate import estimate
 from megatron_glmv.plan.rows import RowSample
@@ -190,10 +190,19 @@ def _kept_by_a_row(assembly: Assembly, row: PackedSequence) -> int:
 def predict(config: TrainConfig, hardware: Hardware, pictures: int) -> tuple[float, float, float]:
     """Seconds of a step, of them the busiest stage's, and bytes that a row keeps on one stage."""
     patches = float(pictures * SIDE**2)
-    rows = RowSample(np.array([float(LENGTH)]), np.array([patches]), LENGTH / 4, float(SIDE**2), "made")
+    trained = LENGTH - len(DOCUMENTS)
+    rows = RowSample(
+        tokens=np.array([float(LENGTH)]),
+        patches=np.array([patches]),
+        trained=np.array([float(trained)]),
+        document_tokens=LENGTH / 4,
+        frame_patches=float(SIDE**2),
+        origin="made",
+    )
     plan = estimate(config, dist.get_world_size(), hardware, rows)
-    row = row_bytes(config, patches, "torch")
-    kept = row.vision + row.merger + row.entry[0] + config.model.shape.text.num_layers * row.text + row.head
+    row = row_bytes(config, patches, "torch", most_going_on(config, trained))
+    layers = (config.model.shape.text.num_layers - 1) * row.text + row.last
+    kept = row.vision + row.merger + row.entry[0] + layers + row.head
     return plan.step_s, max(plan.timeline.busy) + plan.optimizer_s, kept
 
 
