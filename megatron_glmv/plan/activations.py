@@ -75,7 +75,7 @@ class Layer:
     @property
     def behind_part(self) -> float:
         """Tokens of this rank between the MLP's products."""
-        return self.behind * self.part / self.full
+        return self.part if self.going_on is None else self.going_on * self.part / self.full
 
     def kept(self, recompute: str) -> float:
         """Bytes that stay until the backward pass under a kind of recomputation."""

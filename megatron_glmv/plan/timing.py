@@ -2,9 +2,10 @@
 
 A pass is the sum of its matrix products, its attention, the memory traffic of everything element by element, and the messages
 that computation waits for. Each is an amount over a peak times an assumed efficiency (plan/devices.py); nothing is fitted.
-Everything is linear in the patches of a row, for frames are of one size in a plan, so a pass is a constant and a slope. Of a row's
-trained tokens, which alone go on behind the last attention, every rank is taken to have its even share: of the real ones the rank
-that has most sets the pace.
+Everything is linear in the patches of a row, for frames are of one size in a plan, so a pass is a constant and a slope.
+
+Only trained tokens go on behind the last attention. Every rank is taken to have its even share of those of a mean row; where a
+row's are with some of its tensor or context ranks, those set the pace, and the last stage takes longer than planned.
 
 Source: plan/flops.py for the operations; the volumes of ring collectives; model/glm4v.py (how ranks share the vision tower);
 megatron-core 0.16.1, tensor_parallel/layers.py (what is gathered and scattered, forward and backward).

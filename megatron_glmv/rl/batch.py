@@ -170,8 +170,8 @@ def compute_loads(
     """What each answer adds to its rank's work, for `repack.plan_rows`.
 
     Both towers' attention, all of the vision tower and the merger, and the decoder's last MLP and the head, which see trained
-    tokens alone, count whole; the decoder's other linear layers, which a row of fixed length pays with or without the answer, by
-    `LENGTH_SHARE`.
+    tokens alone, count whole; the decoder's other linear layers, for which a row of fixed length pays with or without the
+    answer, count by `LENGTH_SHARE`.
 
     Returns:
         [n] operations, forward and backward.
