@@ -1,8 +1,8 @@
 """The rows that a plan reckons with: measured from packed data where it is on disk, assumed otherwise.
 
 A shard's table holds tokens and patches of each row, which is what the skew of the vision tower comes from, its trained tokens,
-which alone go on behind the decoder's last attention, and sums of the squares of its documents and frames, which is what attention
-costs.
+which alone go on behind the decoder's last attention, and sums of the squares of its documents and frames, which is what
+attention costs.
 """
 
 from __future__ import annotations
