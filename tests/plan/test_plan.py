@@ -119,7 +119,9 @@ def test_adapters_and_frozen_decoders_are_planned_by_trained_tokens_too() -> Non
     assert every.row_flops - some.row_flops == pytest.approx(whole.total - less.total, rel=1e-3)
     assert some.step_s < every.step_s
     # Layers are reckoned as alike: what the last one is spared may be more than the mean backward pass of all.
-    alone = load(TrainConfig, [EXAMPLES / "lora.yaml"], ["model.lora.targets=['layers.39.mlp.gate_up_proj']", "recompute.text=none"])
+    alone = load(
+        TrainConfig, [EXAMPLES / "lora.yaml"], ["model.lora.targets=['layers.39.mlp.gate_up_proj']", "recompute.text=none"]
+    )
     last = StageTimes(alone, H100, rows_of(alone, trained=0.1)).last
     assert last.backward.constant >= 0
     frozen = ["model.freeze=[text]"]
