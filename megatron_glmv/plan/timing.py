@@ -151,12 +151,12 @@ class StageTimes:
         return Seconds(Cost(going), Cost(back)), sent
 
     def _text(self, layer: Layer, spared: float) -> tuple[Seconds, Sent]:
-        """One layer of the decoder whose MLP sees all tokens of a row but so many."""
+        """A mean layer of the decoder, whose MLP sees all tokens of a row but so many."""
         config, work = self.config, self._work
         how, depth = config.recompute.text, config.model.shape.text.num_layers
         ranks = config.parallel.tensor * config.parallel.context
         forward, backward = (
-            ((row.text_linear / depth - spared * token.text_linear) / ranks, row.text_attention / depth / ranks)
+            (max(0.0, row.text_linear / depth - spared * token.text_linear) / ranks, row.text_attention / depth / ranks)
             for row, token in ((work.forward, work.forward_trained), (work.backward, work.backward_trained))
         )
         seconds = self._layer(layer, forward, backward, config.precision.fp8_text, how)
