@@ -194,10 +194,11 @@ def plan(settings: Settings, shape: ModelShape) -> Plan:
     activations += 2 * settings.length * text.vocab_size
     state = STATE_BYTES + (FP8_BYTES if settings.recipe != "off" else 0)
     lengths = [len(document.tokens) for document in documents]
+    trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
     return Plan(
         parameters=count.total,
         memory_gb=(state * count.total + 2 * activations) / 1e9,
-        row_tflop=training_flops(shape, lengths, frames).total / 1e12,
+        row_tflop=training_flops(shape, lengths, frames, trained=trained).total / 1e12,
         patches=patches,
     )
 

@@ -17,6 +17,8 @@ from sides import answer
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.convert.hf_export import gather_hf_tensors
 from megatron_glmv.parallel import groups
+from megatron_glmv.plan.flops import training_flops
+from megatron_glmv.sequence.packed import PackedSequence
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.loop import open_stream
 from megatron_glmv.training.step import StepResult, train_step
@@ -28,17 +30,19 @@ PROBE_BYTES, PROBES = 1 << 24, 8
 class Loop:
     """A model, its optimizer and its rows."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Build everything; process groups are made here."""
+    def __init__(self, config: TrainConfig, num_decoded: int = 0) -> None:
+        """Build everything; process groups are made here. The rows of so many steps are read and decoded at once."""
         groups.initialize(config.parallel, config.seed)
         self.config = config
         self.assembly = assemble(config, assemble_model(config))
         self.stream = open_stream(config, held_out=False)
+        self.decoded = [self.stream.step(step) for step in range(num_decoded)]
         self.done = 0
 
     def step(self) -> StepResult:
-        """Wait for rows, forward, backward, update: an ordinary step."""
-        result = train_step(self.assembly, self.stream.step(self.done), self.done)
+        """Wait for rows, unless they are decoded, forward, backward, update: an ordinary step."""
+        self.last = self.decoded[self.done] if self.done < len(self.decoded) else self.stream.step(self.done)
+        result = train_step(self.assembly, self.last, self.done)
         self.done += 1
         return result
 
@@ -59,6 +63,11 @@ class Loop:
             "wait_s": self.stream.wait_s,
         }
 
+    def operations(self) -> float:
+        """Of the decoder in the last step where every token goes on to its end; of this rank's rows."""
+        shape, rows = self.config.model.shape, self.last.rows
+        return sum(flops.text + flops.head for flops in (training_flops(shape, _lengths(row), []) for row in rows))
+
     def weights(self, path: str) -> int:
         """Write the weights under Hugging Face names; returns their number of values."""
         found = {name: tensor.contiguous() for name, tensor in gather_hf_tensors(self.assembly.models, self.config.model.shape)}
@@ -77,6 +86,10 @@ class Loop:
         """End the threads and the groups."""
         self.stream.close()
         groups.destroy()
+
+
+def _lengths(row: PackedSequence) -> list[int]:
+    return [end - start for _, start, end in row.documents]
 
 
 def probe() -> dict[str, float]:
@@ -104,11 +117,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, required=True, help="rows of a step, over all replicas")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--decoded", type=int, default=0, help="steps whose rows are decoded before the clock runs")
     arguments = parser.parse_args()
     layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
-    loop = Loop(run_config(arguments.size, arguments.folder, arguments.rows, arguments.batch, timeout_s=1800, **layout))
+    config = run_config(arguments.size, arguments.folder, arguments.rows, arguments.batch, timeout_s=1800, **layout)
+    loop = Loop(config, arguments.decoded)
     try:
-        answer({"steps": loop.steps, "weights": loop.weights, "exchanges": loop.exchanges})
+        answer({name: getattr(loop, name) for name in ("steps", "operations", "weights", "exchanges")})
     finally:
         loop.close()
 

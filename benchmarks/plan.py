@@ -34,7 +34,7 @@ from megatron_glmv.config.base import validate
 from megatron_glmv.config.model import PRESETS, ModelShape
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import groups
-from megatron_glmv.plan.activations import row_bytes
+from megatron_glmv.plan.activations import most_going_on, row_bytes
 from megatron_glmv.plan.devices import Hardware
 from megatron_glmv.plan.estimate import estimate
 from megatron_glmv.plan.rows import RowSample
@@ -46,19 +46,20 @@ from megatron_glmv.training.step import chunk_inputs, run_schedule
 LENGTH, SIDE = 512, 8
 DOCUMENTS = (112, 120, 136, 144)
 """Tokens of the documents of every row."""
-CASES: tuple[tuple[str, int, dict[str, Any]], ...] = (
-    ("data 2", 8, {}),
-    ("data 2, text only", 0, {}),
-    ("data 2, three times the pictures", 24, {}),
-    ("data 2, full recompute", 8, {"recompute": {"text": "full", "vision": "full"}}),
-    ("data 2, frozen tower and merger", 8, {"model": {"freeze": ["vision", "merger"]}}),
-    ("tensor 2", 8, {"parallel": {"tensor": 2}}),
-    ("context 2", 8, {"parallel": {"context": 2}}),
-    ("pipeline 2, 4 + 4 layers", 24, {"parallel": {"pipeline": 2}}),
-    ("pipeline 2, 2 + 6 layers", 24, {"parallel": {"pipeline": 2, "first_stage_layers": 2}}),
-    ("pipeline 2, 0 + 8 layers", 24, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}),
+CASES: tuple[tuple[str, int, float, dict[str, Any]], ...] = (
+    ("data 2", 8, 1.0, {}),
+    ("data 2, text only", 0, 1.0, {}),
+    ("data 2, three times the pictures", 24, 1.0, {}),
+    ("data 2, a fifth of the tokens trained", 8, 0.2, {}),
+    ("data 2, full recompute", 8, 1.0, {"recompute": {"text": "full", "vision": "full"}}),
+    ("data 2, frozen tower and merger", 8, 1.0, {"model": {"freeze": ["vision", "merger"]}}),
+    ("tensor 2", 8, 1.0, {"parallel": {"tensor": 2}}),
+    ("context 2", 8, 1.0, {"parallel": {"context": 2}}),
+    ("pipeline 2, 4 + 4 layers", 24, 1.0, {"parallel": {"pipeline": 2}}),
+    ("pipeline 2, 2 + 6 layers", 24, 1.0, {"parallel": {"pipeline": 2, "first_stage_layers": 2}}),
+    ("pipeline 2, 0 + 8 layers", 24, 1.0, {"parallel": {"pipeline": 2, "first_stage_layers": 0}}),
 )
-"""Name, pictures of a row, changes of the configuration."""
+"""Name, pictures of a row, trained share of its tokens, changes of the configuration."""
 
 
 def architecture(folder: Path) -> ModelShape:
@@ -73,8 +74,8 @@ def architecture(folder: Path) -> ModelShape:
     return ModelShape.from_hf(tree, "benchmark")
 
 
-def make_row(shape: ModelShape, pictures: int, seed: int) -> PackedSequence:
-    """Four documents, the pictures dealt to them."""
+def make_row(shape: ModelShape, pictures: int, share: float, seed: int) -> PackedSequence:
+    """Four documents, the pictures dealt to them, so much of the end of each one trained."""
     random, tokens = np.random.default_rng(seed), shape.tokens
     documents = []
     for number, length in enumerate(DOCUMENTS):
@@ -82,7 +83,8 @@ def make_row(shape: ModelShape, pictures: int, seed: int) -> PackedSequence:
         visual = [t for _ in range(own) for t in (tokens.image_start, *[tokens.image] * (SIDE**2 // 4), tokens.image_end)]
         words = random.integers(100, 300, length - len(visual))
         ids = np.concatenate((np.array(visual, dtype=np.int64), words))
-        documents.append(Document(ids, np.ones(len(ids), np.float32), ((SIDE, SIDE),) * own, str(number)))
+        weights = (np.arange(length) >= length - round(share * length)).astype(np.float32)
+        documents.append(Document(ids, weights, ((SIDE, SIDE),) * own, str(number)))
     size = (pictures * SIDE**2, shape.vision.patch_dim)
     patches = torch.from_numpy(random.integers(0, 256, size, dtype=np.uint8)) if pictures else None
     return pack(documents, LENGTH, image_token=tokens.image, pad_token=tokens.pad, align=8, patches=patches, key=str(seed))
@@ -187,13 +189,21 @@ def _kept_by_a_row(assembly: Assembly, row: PackedSequence) -> int:
     return sum(size for place, size in storages.items() if place not in owned)
 
 
-def predict(config: TrainConfig, hardware: Hardware, pictures: int) -> tuple[float, float, float]:
+def predict(config: TrainConfig, hardware: Hardware, pictures: int, trained: int) -> tuple[float, float, float]:
     """Seconds of a step, of them the busiest stage's, and bytes that a row keeps on one stage."""
     patches = float(pictures * SIDE**2)
-    rows = RowSample(np.array([float(LENGTH)]), np.array([patches]), LENGTH / 4, float(SIDE**2), "made")
+    rows = RowSample(
+        tokens=np.array([float(LENGTH)]),
+        patches=np.array([patches]),
+        trained=np.array([float(trained)]),
+        document_tokens=LENGTH / 4,
+        frame_patches=float(SIDE**2),
+        origin="made",
+    )
     plan = estimate(config, dist.get_world_size(), hardware, rows)
-    row = row_bytes(config, patches, "torch")
-    kept = row.vision + row.merger + row.entry[0] + config.model.shape.text.num_layers * row.text + row.head
+    row = row_bytes(config, patches, "torch", most_going_on(config, trained))
+    layers = (config.model.shape.text.num_layers - 1) * row.text + row.last
+    kept = row.vision + row.merger + row.entry[0] + layers + row.head
     return plan.step_s, max(plan.timeline.busy) + plan.optimizer_s, kept
 
 
@@ -206,10 +216,11 @@ def work(num_rows: int, rounds: int, folder: Path) -> None:
     hardware = measure_hardware()
     parallel_state.destroy_model_parallel()
     lines, reference = [], None
-    for name, pictures, changes in CASES:
+    for name, pictures, share, changes in CASES:
         config = config_of(folder, num_rows, changes)
-        rows = [make_row(shape, pictures, seed) for seed in range(num_rows)]
-        measured, predicted = run_case(config, rows, rounds), predict(config, hardware, pictures)
+        rows = [make_row(shape, pictures, share, seed) for seed in range(num_rows)]
+        trained = int((rows[0].loss_weights > 0).sum())
+        measured, predicted = run_case(config, rows, rounds), predict(config, hardware, pictures, trained)
         reference = reference or (measured, predicted)
         lines.append(_line(name, measured, predicted, reference))
     if dist.get_rank() == 0:

@@ -29,8 +29,8 @@ def draw_samples(count: int) -> list[PolicySample]:
         answer = int(np.clip(random.lognormal(np.log(2500), 1.0), 50, 16_000))
         frames = (PICTURE,) * int(random.integers(0, 4))
         tokens = 300 + answer + sum(rows * columns // 4 for rows, columns in frames)
-        zeros = np.zeros(tokens)
-        samples.append(PolicySample(str(number), zeros.astype(np.int64), zeros == 0, 0.0, zeros.astype(np.float32), frames))
+        zeros, trained = np.zeros(tokens), np.arange(tokens) >= tokens - answer
+        samples.append(PolicySample(str(number), zeros.astype(np.int64), trained, 0.0, zeros.astype(np.float32), frames))
     return samples
 
 

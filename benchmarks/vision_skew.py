@@ -3,10 +3,10 @@
     python benchmarks/vision_skew.py [--preset glm-4.1v-9b] [--length 8192] [--batch 1536] [--steps 20]
 
 Rows of text and images are drawn at random, without the packer, which would even them first: from none to 40 images each, of 16
-to 1,024 merged tokens, as many as fit the row. Costs are the operations of forward and backward passes (plan/flops.py),
-padding included. The first table deals the rows of a global batch to data-parallel ranks, as `data.even_ranks` does: the whole
-model's work, and that of the vision tower and merger alone. The second deals the frames of every row to the tensor and context
-ranks of a replica, as `parallel.vision: images` does.
+to 1,024 merged tokens, as many as fit the row. Costs are the operations of forward and backward passes (plan/flops.py) with all
+tokens trained, padding included. The first table deals the rows of a global batch to data-parallel ranks, as `data.even_ranks`
+does: the whole model's work, and that of the vision tower and merger alone. The second deals the frames of every row to the
+tensor and context ranks of a replica, as `parallel.vision: images` does.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ def _add_plan_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--images-per-row", help="pictures of a row, instead of what the data says", **number)
     command.add_argument("--patches-per-image", help="patches of a picture (default: 1024, 448 x 448 pixels)", **number)
     command.add_argument("--document-tokens", help="tokens of a document (default: measured, else 1024)", **number)
+    command.add_argument("--trained-share", help="of a row's tokens, 0 to 1 (default: measured, else all)", **number)
     command.add_argument("--answer-tokens", help="of an answer in reinforcement learning (default: half the longest)", **number)
     command.add_argument("--json", type=Path, metavar="FILE", help="write the plan and the layouts there, too")
 
@@ -80,6 +81,8 @@ def _plan(arguments: argparse.Namespace) -> int:
         value, least = getattr(arguments, name), 0 if name in ("images_per_row", "layouts") else 1
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is too small; give {least} or more")
+    if (share := arguments.trained_share) is not None and not 0 < share <= 1:
+        raise ConfigError(f"--trained-share: {share:g} is no share of the tokens; give a number above 0, at most 1")
     plan = importlib.import_module("megatron_glmv.plan.command")
     request = plan.PlanRequest(
         config=load_stage(arguments.configuration),
@@ -87,7 +90,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         gpus=arguments.gpus,
         layouts=arguments.layouts,
         folders=arguments.data,
-        assumed=plan.RowAssumptions(arguments.images_per_row, arguments.patches_per_image, arguments.document_tokens),
+        assumed=plan.RowAssumptions(
+            arguments.images_per_row, arguments.patches_per_image, arguments.document_tokens, arguments.trained_share
+        ),
         answer_tokens=arguments.answer_tokens,
         json_file=arguments.json,
     )

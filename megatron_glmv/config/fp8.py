@@ -112,6 +112,11 @@ def merged_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
     return token_multiple(precision.fp8_vision, gathered=layout.sequence_parallel and layout.vision_tensor > 1)
 
 
+def trained_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
+    """What one tensor rank's tokens behind the last attention are a multiple of; in bf16, too, products like such shapes."""
+    return max(FP8_MULTIPLE, token_multiple(precision.fp8_text, gathered=layout.sequence_parallel and layout.tensor > 1))
+
+
 def row_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
     """What FP8 in the decoder asks the tokens of a row to be a multiple of; 1 without."""
     if precision.fp8_text == "off":

@@ -113,8 +113,8 @@ class Glm4vModel(MegatronModule):
                 a gradient, which keeps a whole distribution for every token.
 
         Returns:
-            On the last stage [1, S] float32 losses of every token ([2, 1, S] losses and entropies in nats; or [S, 1, vocabulary
-            / tensor ranks] logits), on others [s, 1, hidden] for the next stage.
+            On the last stage [1, K] float32 losses of the tokens of `inputs.label_index` ([2, 1, K] losses and entropies in
+            nats; or [K, 1, vocabulary / tensor ranks] logits), on others [s, 1, hidden] for the next stage.
         """
         hidden = self._embed(inputs) if self.pre_process else None
         hidden = self.language_model(hidden, inputs)

@@ -13,7 +13,7 @@ from megatron_glmv.model.segments import Segments, make_segments
 from megatron_glmv.sequence.cost import deal_frames
 from megatron_glmv.sequence.packed import PackedSequence
 from megatron_glmv.sequence.patches import join_frames
-from megatron_glmv.sequence.shard import context_indices
+from megatron_glmv.sequence.shard import context_indices, trained_indices
 from megatron_glmv.sequence.transfer import to_device
 
 
@@ -48,19 +48,36 @@ class FrameShare:
 
 
 @dataclass(frozen=True)
+class TokenShare:
+    """This tensor rank among those that hold parts of a context rank's tokens (sequence parallelism).
+
+    Attributes:
+        rank: of this one.
+        num_ranks: of all.
+        multiple: what each takes behind the last attention is a multiple of this (config/fp8.py, `trained_multiple`).
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
 class ModelInputs:
-    """One row for one rank. S = tokens of this rank.
+    """One row for one rank. S = tokens of this rank, K = those whose loss is asked for.
 
     Attributes:
         tokens: [1, S] int64.
-        labels: [1, S] int64.
-        loss_weights: [1, S] float32.
+        label_index: [K] int64 on the host, which of the row's tokens the labels belong to.
+        labels: [1, K] int64.
+        loss_weights: [1, K] float32.
         positions: [3, S] int64.
         segments: the documents.
         vision: pictures, on ranks that run the vision tower.
     """
 
     tokens: Tensor
+    label_index: Tensor
     labels: Tensor
     loss_weights: Tensor
     positions: Tensor
@@ -79,6 +96,7 @@ def make_inputs(
     with_vision: bool = True,
     merged_multiple: int = 1,
     share: FrameShare = FrameShare(),
+    trained: TokenShare | None = None,
 ) -> ModelInputs:
     """Cut one row for one rank; nothing here waits for a device.
 
@@ -91,14 +109,22 @@ def make_inputs(
         with_vision: whether this rank runs the vision tower.
         merged_multiple: a tensor rank's merged tokens are padded to a multiple of this (config/fp8.py, `merged_multiple`).
         share: which of the row's frames this rank encodes.
+        trained: with it, only trained tokens go on behind the last attention, K of S; without it all do.
     """
     local = context_indices(row.document_lengths, context, context_rank)
+    segments, labelled = make_segments(row.document_lengths, device, context, context_rank), local
+    if trained is not None:
+        parts = trained_indices(row.loss_weights[local] > 0, trained.num_ranks, trained.multiple)
+        if parts.numel() < len(local):
+            labelled = local[parts.flatten()]
+            segments.going_on = to_device(parts[trained.rank] - trained.rank * (len(local) // trained.num_ranks), device)
     return ModelInputs(
         tokens=to_device(row.tokens[local].unsqueeze(0), device),
-        labels=to_device(row.labels[local].unsqueeze(0), device),
-        loss_weights=to_device(row.loss_weights[local].unsqueeze(0), device),
+        label_index=labelled,
+        labels=to_device(row.labels[labelled].unsqueeze(0), device),
+        loss_weights=to_device(row.loss_weights[labelled].unsqueeze(0), device),
         positions=to_device(row.positions[:, local], device),
-        segments=make_segments(row.document_lengths, device, context, context_rank),
+        segments=segments,
         vision=_vision_inputs(row, shape, device, tensor * merged_multiple, local, share) if with_vision else None,
     )
 

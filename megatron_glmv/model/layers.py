@@ -1,4 +1,4 @@
-"""The layers that Megatron does not have: norm fused with a column-parallel product in torch, and the sandwich layer.
+"""The layers that Megatron does not have: norm fused with a column-parallel product in torch, and the sandwich layers.
 
 Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vTextDecoderLayer`; the names of the fused product's
 parameters are those of megatron-core 0.16.1, extensions/transformer_engine.py, `TELayerNormColumnParallelLinear`.
@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from megatron_glmv.model.norm import norm_weight, rms_norm
+from megatron_glmv.model.segments import Segments
 
 PARTITION = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
 """The axis that tensor ranks share, of the weight of each of Megatron's own parallel modules."""
@@ -88,3 +89,17 @@ class SandwichLayer(TransformerLayer):
             return residual + getattr(self, name)(output_and_bias[0])
 
         return lambda training, fused: add
+
+
+class LastLayer(SandwichLayer):
+    """The decoder's last layer: behind its attention no token reads another, so only those go on whose loss is asked for.
+
+    Of a row of pictures, questions and answers that is a fifth or so, and the output layer reads no more.
+    """
+
+    def forward(self, *args: Any, packed_seq_params: Segments, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, 1, hidden] -> [k, 1, hidden], or [s, 1, hidden] where all go on; and no context."""
+        hidden, context = self._forward_attention(*args, packed_seq_params=packed_seq_params, **kwargs)
+        if packed_seq_params.going_on is not None:
+            hidden = hidden.index_select(0, packed_seq_params.going_on)
+        return self._forward_mlp(hidden), context

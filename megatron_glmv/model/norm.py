@@ -21,7 +21,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """[..., h] float32 x, normed over the last axis and scaled by [h] weight."""
-        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True).add_(epsilon))
+        inverse = torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1).div_(x.shape[-1]).add_(epsilon))
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
         return normed * weight

@@ -191,7 +191,6 @@ def table_weights(coordinates: Tensor, side: int) -> Tensor:
     Returns:
         [N, G x G] float32; a product with the table [G x G, D] samples it, with a deterministic backward.
     """
-    rows, columns, num_rows, num_columns = coordinates
-    along_rows = bicubic_weights(rows, num_rows, side)
-    along_columns = bicubic_weights(columns, num_columns, side)
+    places, extents = coordinates.chunk(2)
+    along_rows, along_columns = bicubic_weights(places.flatten(), extents.flatten(), side).chunk(2)
     return (along_rows[:, :, None] * along_columns[:, None, :]).flatten(1)

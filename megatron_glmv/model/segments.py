@@ -46,11 +46,13 @@ class Segments(PackedSeqParams):
         lengths: tokens of each segment in the whole row.
         context: ranks that share the row.
         rank: this rank among them.
+        going_on: [k] int64, which of this tensor rank's tokens go on behind the last attention; None: all.
     """
 
     lengths: tuple[int, ...] = ()
     context: int = 1
     rank: int = 0
+    going_on: Tensor | None = None
 
     @cached_property
     def grouping(self) -> Grouping:

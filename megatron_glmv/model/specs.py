@@ -26,7 +26,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_glmv.model.attention import RotarySelfAttention, SegmentAttention
-from megatron_glmv.model.layers import NormColumnParallelLinear, SandwichLayer, SandwichLayerSubmodules, add_residual
+from megatron_glmv.model.layers import (
+    LastLayer,
+    NormColumnParallelLinear,
+    SandwichLayer,
+    SandwichLayerSubmodules,
+    add_residual,
+)
 from megatron_glmv.model.norm import RMSNorm
 from megatron_glmv.model.position import angles_of_halves, angles_of_pairs, cos_sin_of, rotate_halves, rotate_pairs
 from megatron_glmv.parallel.mcore import HAVE_TE
@@ -96,11 +102,11 @@ class Parts:
         return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=self.norm_column, linear_fc2=self.row))
 
 
-def text_layer(kind: str) -> ModuleSpec:
-    """One decoder layer: causal attention by document, norms around both branches."""
+def text_layer(kind: str, *, last: bool = False) -> ModuleSpec:
+    """One decoder layer, or the model's last: causal attention by document, norms around both branches."""
     parts = Parts(kind)
     return ModuleSpec(
-        module=SandwichLayer,
+        module=LastLayer if last else SandwichLayer,
         submodules=SandwichLayerSubmodules(
             self_attention=parts.attention(parts.causal, text_rotation(kind).rotate),
             self_attn_bda=add_residual,
@@ -126,9 +132,9 @@ def vision_layer(kind: str) -> ModuleSpec:
     )
 
 
-def block(layer: ModuleSpec, num_layers: int, kind: str) -> TransformerBlockSubmodules:
-    """A stack of equal layers closed by a norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=Parts(kind).norm)
+def block(layers: list[ModuleSpec], kind: str) -> TransformerBlockSubmodules:
+    """A stack of layers closed by a norm."""
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Parts(kind).norm)
 
 
 def merger_mlp(kind: str) -> MLPSubmodules:

@@ -1,6 +1,7 @@
 """The decoder: embeddings, a pipeline stage's layers, and the output layer with its loss.
 
-Shapes: S tokens of this context rank, s of this tensor rank, h channels, V vocabulary.
+Shapes: S tokens of this context rank, s of this tensor rank, h channels, V vocabulary; behind the last attention K tokens whose
+loss is asked for, k of this tensor rank (all: K = S, k = s).
 
 Source: transformers 5.23.0, models/glm4v/modeling_glm4v.py, `Glm4vTextModel`.
 """
@@ -51,9 +52,12 @@ class TextModel(MegatronModule):
                 scatter_to_sequence_parallel=False,
                 tp_group=group,
             )
+        layers = [text_layer(kind)] * num_layers
+        if post_process:
+            layers[-1] = text_layer(kind, last=True)
         self.decoder = TransformerBlock(
             config,
-            block(text_layer(kind), num_layers, kind),
+            block(layers, kind),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -77,16 +81,16 @@ class TextModel(MegatronModule):
         return self.embedding(tokens, None)
 
     def forward(self, hidden: Tensor | None, inputs: ModelInputs) -> Tensor:
-        """Run this stage's layers; `hidden` is [s, 1, h] on the first stage and ignored on others."""
+        """Run this stage's layers; `hidden` is [s, 1, h] on the first stage and ignored on others. The last gives [k, 1, h]."""
         shape = self.shape
         angles = text_angles(inputs.positions, shape.rotary_base, shape.rotary_dim, shape.mrope_section)
         rotary = self.rotation.prepare(angles)
         return self.decoder(hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=inputs.segments)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[s, 1, h] -> [S, 1, V / tensor ranks]."""
+        """[k, 1, h] -> [K, 1, V / tensor ranks]."""
         return self.output_layer(hidden)[0]
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of every token, which may overwrite the logits: [S, 1, V / tensor ranks], [1, S] -> [1, S] float32."""
+        """Cross-entropy of every token, which may overwrite the logits: [K, 1, V / tensor ranks], [1, K] -> [1, K] float32."""
         return self.cross_entropy(logits, labels.t().contiguous()).t()

@@ -57,7 +57,7 @@ class VisionModel(MegatronModule):
         self.patch_embed = nn.Linear(shape.patch_dim, shape.hidden_size, **options)
         self.position_embedding = nn.Embedding(shape.position_grid**2, shape.hidden_size, **options)
         self.post_conv_layernorm = RMSNorm(config, shape.hidden_size, shape.norm_epsilon)
-        self.decoder = TransformerBlock(config, block(vision_layer(kind), shape.num_layers, kind), pg_collection=groups)
+        self.decoder = TransformerBlock(config, block([vision_layer(kind)] * shape.num_layers, kind), pg_collection=groups)
         for module in (self.patch_embed, self.position_embedding):
             mark_partial(module, config)
 

@@ -4,18 +4,25 @@ The ``torch`` spec is counted tensor by tensor and held to what autograd really 
 ``te`` spec keeps less: its norms keep their input and a number a token, its attention keeps query, key, value, output and a
 number a head, its gated product keeps one input. That count is read from Transformer Engine's modules and not measured here.
 
-Letters: S tokens of this context rank, s of this tensor rank under sequence parallelism (else S), h width, a and k channels of
-this rank's queries and keys, f of this rank's MLP, e bytes of an element.
+Behind the decoder's last attention only trained tokens go on, so the last layer keeps less than the others, and the head keeps
+and makes logits of those tokens alone.
 
-Source: model/{norm,layers,attention,text,vision,projector}.py; megatron-core 0.16.1, tensor_parallel/{layers,cross_entropy}.py;
+Letters: S tokens of this context rank, s of this tensor rank under sequence parallelism (else S), K of the S tokens that go on
+behind the last attention, h width, a and k channels of this rank's queries and keys, f of this rank's MLP, e bytes of an
+element.
+
+Source: model/{norm,layers,attention,text,vision,projector}.py; sequence/shard.py (`trained_indices`);
+megatron-core 0.16.1, tensor_parallel/{layers,cross_entropy}.py;
 Transformer Engine 2.11, pytorch/module/{layernorm_linear,linear}.py and pytorch/attention.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_glmv.config.fp8 import trained_multiple
 from megatron_glmv.config.linears import adapted_layers
 from megatron_glmv.config.training import StageConfig
 
@@ -41,6 +48,7 @@ class Layer:
         kind: layer spec.
         fp8: whether products are in FP8, which keep their inputs in one byte.
         learns: whether its matrices do; frozen ones keep no input.
+        going_on: K, tokens that its MLP and the norms around it see; None: S.
     """
 
     full: float
@@ -57,25 +65,37 @@ class Layer:
     kind: Kind
     fp8: bool = False
     learns: bool = True
+    going_on: float | None = None
+
+    @property
+    def behind(self) -> float:
+        """Tokens that the MLP's products see."""
+        return self.full if self.going_on is None else self.going_on
+
+    @property
+    def behind_part(self) -> float:
+        """Tokens of this rank between the MLP's products."""
+        return self.part if self.going_on is None else self.going_on * self.part / self.full
 
     def kept(self, recompute: str) -> float:
         """Bytes that stay until the backward pass under a kind of recomputation."""
         if recompute == "full":
             return self.element * self.width * self.part
-        return self._norms() + self._attention(recompute == "selective") + self._mlp()
+        attention = self._norms(self.part) + self._attention(recompute == "selective")
+        return attention + self._norms(self.behind_part) + self._mlp()
 
     def _input(self) -> float:
         """Bytes of one element of what a product keeps of its input."""
         return (1 if self.fp8 else self.element) * self.learns
 
-    def _norms(self) -> float:
-        """Norms, and the inputs of the two products behind the norms at the head of the branches."""
+    def _norms(self, tokens: float) -> float:
+        """One branch's norms, and the input of the product behind the norm at its head."""
         if self.kind == "te" or self.element == 4:
             norm = self.element * self.width + 4
         else:
             # bf16: the input in fp32, the root, and the normed input in bf16 for the gradient of the weight.
             norm = 4 * self.width + 4 + self.element * self.width * self.learns
-        return self.part * (self.norms * norm + 2 * self._input() * self.width)
+        return tokens * (self.norms / 2 * norm + self._input() * self.width)
 
     def _attention(self, recomputed: bool) -> float:
         size, query, key = self.element, self.query, self.key
@@ -94,8 +114,8 @@ class Layer:
     def _mlp(self) -> float:
         product = self._input() * self.ffn
         if self.kind == "te":
-            return self.full * (2 * self.ffn * self.element + product)
-        return self.full * (self.ffn * self.element * 4 + product)
+            return self.behind * (2 * self.ffn * self.element + product)
+        return self.behind * (self.ffn * self.element * 4 + product)
 
     def backward(self) -> float:
         """Bytes of gradients that exist at once at the widest place of its backward pass, the MLP."""
@@ -110,6 +130,7 @@ class RowBytes:
         vision: bytes of the vision tower's layers.
         merger: of what stands before and behind them: patches, embedding, position table, merger.
         text: of one decoder layer; a chunk has several.
+        last: of the last decoder layer.
         entry: of what stands before the layers, on the first stage and on every other one.
         head: of final norm, logits and losses.
         working: the largest set of temporary tensors: a layer that is computed again, and gradients on their way.
@@ -119,6 +140,7 @@ class RowBytes:
     vision: float
     merger: float
     text: float
+    last: float
     entry: tuple[float, float]
     head: float
     working: float
@@ -130,28 +152,42 @@ def layer_spec(config: StageConfig) -> Kind:
     return "torch" if config.precision.layers == "torch" else "te"
 
 
-def row_bytes(config: StageConfig, patches: float, kind: Kind | None = None) -> RowBytes:
+def row_bytes(config: StageConfig, patches: float, kind: Kind | None = None, going_on: float | None = None) -> RowBytes:
     """What one row keeps for its backward pass on one rank.
 
     Args:
         config: the stage.
         patches: of the row.
         kind: layer spec; None: the one that a GPU gets.
+        going_on: tokens of this context rank that go on behind the last attention (`most_going_on`); None: all.
     """
     kind = kind or layer_spec(config)
     text, vision = text_layer(config, kind), vision_layer(config, patches, kind)
+    last = text_layer(config, kind, going_on)
     learns = learning(config)
     recompute = config.recompute
     blocks = config.model.shape.vision.num_layers * vision.kept(recompute.vision) if learns.vision else 0.0
     merger = _merger(config, patches, kind) if learns.merger else 0.0
-    own_text = text.kept(recompute.text) if learns.text else 0.0
-    head, head_working = _head(config, kind)
+    own_text, own_last = (layer.kept(recompute.text) if learns.text else 0.0 for layer in (text, last))
+    head, head_working = _head(config, last)
     again = max(
         text.kept("none") if recompute.text == "full" else 0.0, vision.kept("none") if recompute.vision == "full" else 0.0
     )
     working = again + max(text.backward(), vision.backward())
     entry = _entry(text, config) if learns.text else (0.0, 0.0)
-    return RowBytes(blocks, merger, own_text, entry, head if learns.text else 0.0, working, head_working)
+    return RowBytes(blocks, merger, own_text, own_last, entry, head if learns.text else 0.0, working, head_working)
+
+
+def most_going_on(config: StageConfig, trained: float) -> float:
+    """The most tokens of one context rank that can go on behind the last attention for a row of which so many are trained.
+
+    Every tensor rank takes as many as the one that has most, and which has how many is not known before a row is read: here all
+    lie with one context rank and, as far as they have room, with one of its tensor ranks.
+    """
+    layout = config.parallel
+    shares = layout.tensor if layout.sequence_parallel else 1
+    unit = trained_multiple(config.precision, layout)
+    return shares * min(config.sequence_length / layout.context / shares, max(1, math.ceil(trained / unit)) * unit)
 
 
 @dataclass(frozen=True)
@@ -175,8 +211,8 @@ def learning(config: StageConfig) -> Learning:
     return Learning(vision, vision or any(layer.part == "merger" for layer in adapted), True)
 
 
-def text_layer(config: StageConfig, kind: Kind) -> Layer:
-    """One decoder layer of a full row."""
+def text_layer(config: StageConfig, kind: Kind, going_on: float | None = None) -> Layer:
+    """One decoder layer of a full row; the last one where tokens of this context rank that go on behind it are given."""
     text, layout, precision = config.model.shape.text, config.parallel, config.precision
     tensor = layout.tensor
     full = config.sequence_length / layout.context
@@ -199,6 +235,7 @@ def text_layer(config: StageConfig, kind: Kind) -> Layer:
         kind=kind,
         fp8=precision.fp8_text != "off",
         learns=config.model.lora is None and "text" not in config.model.freeze,
+        going_on=going_on,
     )
 
 
@@ -270,12 +307,8 @@ def _merger(config: StageConfig, patches: float, kind: Kind) -> float:
     return tower + gelu * merged / share + element * (5 if kind == "torch" else 3) * ffn * merged + features
 
 
-def _head(config: StageConfig, kind: Kind) -> tuple[float, float]:
-    """Kept by final norm, output layer and loss; and temporary logits."""
-    text, layout = config.model.shape.text, config.parallel
-    element = 2 if config.precision.dtype == "bf16" else 4
-    tokens = config.sequence_length / layout.context
-    part = tokens / layout.tensor if layout.sequence_parallel else tokens
-    logits = tokens * text.vocab_size / layout.tensor
-    kept = part * (_norm(element, text.hidden_size, kind) + element * text.hidden_size) + 4 * logits
-    return kept, 2 * logits if element == 2 else 0.0
+def _head(config: StageConfig, last: Layer) -> tuple[float, float]:
+    """Kept by final norm, output layer and loss of what leaves the last layer; and temporary logits."""
+    logits = last.behind * config.model.shape.text.vocab_size / config.parallel.tensor
+    kept = last.behind_part * (_norm(last.element, last.width, last.kind) + last.element * last.width) + 4 * logits
+    return kept, 2 * logits if last.element == 2 else 0.0

@@ -58,7 +58,7 @@ def run(request: PlanRequest) -> None:
         PlanError: the layout does not fit.
     """
     config, hardware = request.config, request.hardware
-    rows = sample_rows(config, request.assumed, request.folders)
+    rows = sample_rows(config, request.assumed, request.folders, request.answer_tokens)
     gpus = request.gpus or _fewest(request, rows)
     try:
         plan = estimate(config, gpus, hardware, rows, answer_tokens=request.answer_tokens)

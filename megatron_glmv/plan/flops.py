@@ -1,13 +1,14 @@
-"""Floating-point operations of GLM-4.1V by part, from document lengths and frame sizes.
+"""Floating-point operations of GLM-4.1V by part, from document lengths, trained tokens and frame sizes.
 
 An MFU is as good as this count. Formulas made for other models miss three things here: the vision tower's MLP is gated and
 as wide as `out_hidden_size` (the large `intermediate_size` belongs to the merger, which runs on a quarter of the tokens), its
-attention is quadratic in one frame and not in the row, and the decoder's attention is causal within one document.
+attention is quadratic in one frame and not in the row, and the decoder's attention is causal within one document. And behind
+the last attention no token reads another, so the last decoder layer's MLP and the head compute trained tokens only.
 
 Counted: matrix products and attention, a multiply-add as two, of the tokens and patches that carry content. Not counted:
 padding, recomputed activations, norms, rotary, softmax, the position table.
 
-Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py.
+Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py; model/layers.py (`LastLayer`).
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Flops:
         vision_linear: patch embedding and the blocks' projections and MLPs.
         vision_attention: scores and sums over values, within frames.
         merger: downsample, projection and gated MLP.
-        text_linear: the decoder layers' projections and MLPs.
+        text_linear: the decoder layers' projections and MLPs; the last MLP, of trained tokens.
         text_attention: scores and sums over values, causal, within documents.
-        head: the output layer.
+        head: the output layer, of trained tokens.
     """
 
     vision_linear: float = 0.0
@@ -63,17 +64,20 @@ class Flops:
         return Flops(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
-def forward_flops(shape: ModelShape, document_lengths: Sequence[int], frames: Iterable[tuple[int, int]]) -> Flops:
+def forward_flops(
+    shape: ModelShape, document_lengths: Sequence[int], frames: Iterable[tuple[int, int]], trained: int | None = None
+) -> Flops:
     """Operations of one forward pass.
 
     Args:
         shape: the model's numbers.
         document_lengths: tokens of each document, visual ones included, padding left out.
         frames: (rows, columns) in unmerged patches of each image, or of each temporal patch of a video.
+        trained: tokens of all documents that go on behind the last attention; None: all.
     """
     entry, blocks, attention = _vision(shape.vision, [rows * columns for rows, columns in frames])
     downsample, merger = _merger(shape.vision, sum(rows * columns for rows, columns in frames))
-    return Flops(entry + blocks, attention, downsample + merger, *_text(shape.text, document_lengths))
+    return Flops(entry + blocks, attention, downsample + merger, *_text(shape.text, document_lengths, trained))
 
 
 def training_flops(
@@ -82,6 +86,7 @@ def training_flops(
     frames: Iterable[tuple[int, int]],
     freeze: Collection[Part] = (),
     lora: LoraConfig | None = None,
+    trained: int | None = None,
 ) -> Flops:
     """Operations of one forward and backward pass.
 
@@ -95,13 +100,14 @@ def training_flops(
         frames: (rows, columns) in unmerged patches of each image, or of each temporal patch of a video.
         freeze: parts that do not learn; text includes the embedding and the head.
         lora: adapters, which alone learn where they are given.
+        trained: tokens of all documents that go on behind the last attention; None: all.
     """
     frames = list(frames)
     if lora is not None:
-        return _lora_flops(shape, document_lengths, frames, lora)
+        return _lora_flops(shape, document_lengths, frames, lora, trained)
     entry, blocks, attention = _vision(shape.vision, [rows * columns for rows, columns in frames])
     downsample, merger = _merger(shape.vision, sum(rows * columns for rows, columns in frames))
-    text_linear, text_attention, head = _text(shape.text, document_lengths)
+    text_linear, text_attention, head = _text(shape.text, document_lengths, trained)
     vision, projector, text = ("vision" not in freeze, "merger" not in freeze, "text" not in freeze)
     anything = vision or projector or text
     return Flops(
@@ -115,9 +121,10 @@ def training_flops(
 
 
 def row_flops(shape: ModelShape, row: PackedSequence, freeze: Collection[Part] = (), lora: LoraConfig | None = None) -> Flops:
-    """Operations of training on one packed row; its padding does not count."""
+    """Operations of training on one packed row, on the tokens whose loss has a weight; its padding does not count."""
     lengths = [end - start for _, start, end in row.documents]
-    return training_flops(shape, lengths, [(int(rows), int(columns)) for rows, columns in row.frames.tolist()], freeze, lora)
+    frames = [(int(rows), int(columns)) for rows, columns in row.frames.tolist()]
+    return training_flops(shape, lengths, frames, freeze, lora, int((row.loss_weights > 0).sum()))
 
 
 class _Walk:
@@ -142,7 +149,11 @@ class _Walk:
 
 
 def _lora_flops(
-    shape: ModelShape, document_lengths: Sequence[int], frames: Sequence[tuple[int, int]], lora: LoraConfig
+    shape: ModelShape,
+    document_lengths: Sequence[int],
+    frames: Sequence[tuple[int, int]],
+    lora: LoraConfig,
+    trained: int | None,
 ) -> Flops:
     """Operations of one forward and backward pass in which only adapters learn."""
     walk = _Walk(shape, lora)
@@ -159,14 +170,17 @@ def _lora_flops(
     merger = _merger(shape.vision, patches)[0] * (1 + walk.passes)
     for layers in ([f"{name}.proj"], [f"{name}.gate_proj", f"{name}.up_proj"], [f"{name}.down_proj"]):
         merger += walk.linear(merged, *layers)
-    tokens, attention = sum(document_lengths), _text(shape.text, document_lengths)[1]
+    tokens, attention = sum(document_lengths), _text(shape.text, document_lengths, trained)[1]
+    trained = tokens if trained is None else trained
     text_linear, text_attention, depth = 0.0, 0.0, shape.text.num_layers
-    for name in (f"model.language_model.layers.{number}" for number in range(depth)):
+    for number in range(depth):
+        name, seen = f"model.language_model.layers.{number}", tokens if number < depth - 1 else trained
         text_linear += walk.linear(tokens, *(f"{name}.self_attn.{part}_proj" for part in "qkv"))
         text_attention += attention / depth * (1 + 2 * walk.passes)
-        for layer in ("self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
-            text_linear += walk.linear(tokens, f"{name}.{layer}")
-    return Flops(vision_linear, vision_attention, merger, text_linear, text_attention, walk.linear(tokens, "lm_head"))
+        text_linear += walk.linear(tokens, f"{name}.self_attn.o_proj")
+        text_linear += walk.linear(seen, f"{name}.mlp.gate_up_proj")
+        text_linear += walk.linear(seen, f"{name}.mlp.down_proj")
+    return Flops(vision_linear, vision_attention, merger, text_linear, text_attention, walk.linear(trained, "lm_head"))
 
 
 def _vision(vision: VisionShape, patches_of_frames: Sequence[int]) -> tuple[float, float, float]:
@@ -185,10 +199,12 @@ def _merger(vision: VisionShape, patches: int) -> tuple[float, float]:
     return downsample, 2 * merged * (width**2 + 3 * width * vision.merger_ffn_hidden_size)
 
 
-def _text(text: TextShape, document_lengths: Sequence[int]) -> tuple[float, float, float]:
+def _text(text: TextShape, document_lengths: Sequence[int], trained: int | None) -> tuple[float, float, float]:
     """The layers' matrices, causal attention, the head."""
     tokens, width = sum(document_lengths), text.hidden_size
     query, key_value = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    layer = width * (query + 2 * key_value) + query * width + 3 * width * text.ffn_hidden_size
+    attention, mlp = width * (query + 2 * key_value) + query * width, 3 * width * text.ffn_hidden_size
     pairs = sum(length * (length + 1) // 2 for length in document_lengths)
-    return 2 * tokens * layer * text.num_layers, 4 * query * pairs * text.num_layers, 2 * tokens * width * text.vocab_size
+    last = tokens if trained is None else trained
+    linear = 2 * (tokens * (attention * text.num_layers + mlp * (text.num_layers - 1)) + last * mlp)
+    return linear, 4 * query * pairs * text.num_layers, 2 * last * width * text.vocab_size

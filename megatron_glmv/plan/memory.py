@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_glmv.config.training import StageConfig
-from megatron_glmv.plan.activations import RowBytes, learning, row_bytes, text_layer
+from megatron_glmv.plan.activations import RowBytes, learning, most_going_on, row_bytes, text_layer
 from megatron_glmv.plan.devices import Hardware
 from megatron_glmv.plan.rows import RowSample, global_rows
 from megatron_glmv.plan.schedule import most_in_flight
@@ -72,15 +72,18 @@ def _stage_memory(config: StageConfig, data: int, stage: int, rows: int, hardwar
     layout, shape = config.parallel, config.model.shape
     state = state_bytes(config, data, stage)
     held = most_in_flight(stage, layout.pipeline, layout.virtual_pipeline, rows)
-    mean, worst = row_bytes(config, sample.mean_patches), row_bytes(config, sample.max_patches)
+    mean = row_bytes(config, sample.mean_patches, going_on=most_going_on(config, sample.mean_trained))
+    worst = row_bytes(config, sample.max_patches, going_on=most_going_on(config, sample.max_trained))
     first, last = stage == 0, stage == layout.pipeline - 1
     activations = 0.0
     for chunk, flying in enumerate(held):
         layers = len(layout.chunk_layers(shape.text.num_layers, stage, chunk))
-        sees = first and chunk == 0
-        activations += flying * (layers * mean.text + mean.entry[0 if sees else 1])
+        sees, ends = first and chunk == 0, last and chunk == layout.virtual_pipeline - 1
+        activations += flying * ((layers - ends) * mean.text + mean.entry[0 if sees else 1])
         if sees and flying:
             activations += (flying - 1) * (mean.vision + mean.merger) + worst.vision + worst.merger
+        if ends and flying:
+            activations += (flying - 1) * mean.last + worst.last
     logits = worst.head + worst.head_working if last else 0.0
     working = _working(config, stage, worst)
     buffers = _buffers(config, sample.max_patches if first else 0.0)

@@ -29,8 +29,9 @@ def describe(plan: Plan, rows: RowSample, kind: str) -> str:
         f"layout      {plan.gpus:,} {hardware.name}: data {plan.data:,} x tensor {layout.tensor} x pipeline {stages}{chunks} x "
         f"context {layout.context}; recompute text {plan.config.recompute.text}, vision {plan.config.recompute.vision}",
         f"rows        {rows.origin}",
-        f"            {rows.mean_tokens:,.0f} useful tokens and {rows.mean_patches:,.0f} patches a row (at most "
-        f"{rows.max_patches:,.0f}); {plan.rows:,} rows a step, {plan.rows // plan.data:,} a replica",
+        f"            {rows.mean_tokens:,.0f} useful tokens a row, {rows.mean_trained:,.0f} of them trained (at most "
+        f"{rows.max_trained:,.0f}), and {rows.mean_patches:,.0f} patches (at most {rows.max_patches:,.0f});",
+        f"            {plan.rows:,} rows a step, {plan.rows // plan.data:,} a replica",
         f"memory      10^9 bytes of the fullest rank of each stage; the GPU has {hardware.memory_gb:g}",
         *_memory_table(plan),
         *_step_lines(plan),

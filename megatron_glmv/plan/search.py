@@ -140,12 +140,16 @@ def _pipelines(config: StageConfig, cut: dict[str, Any], hardware: Hardware, row
 
 
 def wanted_layers(config: StageConfig, cut: dict[str, Any], hardware: Hardware, rows: RowSample) -> float:
-    """Layers of the first stage with which all stages would take equally long, given what the vision tower costs there."""
+    """Layers of the first stage with which it would take as long as the last: it has the vision tower, the other the head.
+
+    All stages but the first have equally many layers.
+    """
     layers = config.model.shape.text.num_layers
     flat = ParallelConfig.model_validate({**cut, "pipeline": 1, "sequence": config.parallel.sequence})
     times = StageTimes(config.model_copy(update={"parallel": flat}), hardware, rows)
-    tower = _both(times.vision, rows.mean_patches) / _both(times.text, rows.mean_patches)
-    return max(0.0, (layers + tower) / cut["pipeline"] - tower)
+    one = _both(times.text, rows.mean_patches)
+    tower, end = _both(times.vision, rows.mean_patches) / one, _both(times.last + times.head, rows.mean_patches) / one - 1
+    return max(0.0, (layers + tower + (cut["pipeline"] - 1) * max(0.0, end)) / cut["pipeline"] - tower)
 
 
 def nearest_splits(layers: int, pipeline: int, chunks: int, wanted: float) -> list[int]:

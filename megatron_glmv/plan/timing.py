@@ -4,6 +4,9 @@ A pass is the sum of its matrix products, its attention, the memory traffic of e
 that computation waits for. Each is an amount over a peak times an assumed efficiency (plan/devices.py); nothing is fitted.
 Everything is linear in the patches of a row, for frames are of one size in a plan, so a pass is a constant and a slope.
 
+Only trained tokens go on behind the last attention. Every rank is taken to have its even share of those of a mean row; where a
+row's are with some of its tensor or context ranks, those set the pace, and the last stage takes longer than planned.
+
 Source: plan/flops.py for the operations; the volumes of ring collectives; model/glm4v.py (how ranks share the vision tower);
 megatron-core 0.16.1, tensor_parallel/layers.py (what is gathered and scattered, forward and backward).
 """
@@ -84,26 +87,33 @@ class StageTimes:
         self._work = _work(config.model, config.sequence_length, rows.mean_tokens, rows.document_tokens, rows.frame_patches)
         self._link = _rate(hardware, layout.tensor)
         self._context_link = _rate(hardware, layout.tensor * layout.context)
-        self.text, self.text_sent = self._text()
+        trained = rows.mean_trained
+        self.text, self.text_sent = self._text(text_layer(config, "te"), 0.0)
+        last = text_layer(config, "te", trained / layout.context)
+        self.last, self.last_sent = self._text(last, config.sequence_length - trained)
         self.vision, self.vision_sent = self._vision()
-        self.head = self._head()
+        self.head = self._head(trained)
 
     def chunk(self, stage: int, chunk: int = 0) -> Seconds:
         """Forward and backward of one chunk."""
         layout, shape = self.config.parallel, self.config.model.shape
-        total = self.text * len(layout.chunk_layers(shape.text.num_layers, stage, chunk))
+        ends = stage == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1
+        total = self.text * (len(layout.chunk_layers(shape.text.num_layers, stage, chunk)) - ends)
         if stage == 0 and chunk == 0:
             total += self.vision
-        if stage == layout.pipeline - 1 and chunk == layout.virtual_pipeline - 1:
-            total += self.head
+        if ends:
+            total += self.last + self.head
         learning_elements = sum(p.elements for p in chunk_parameters(self.config.model, layout, stage, chunk) if p.learns)
         added = ACCUMULATED_BYTES * learning_elements / _memory_rate(self.hardware)
         return total + Seconds(backward=Cost(added))
 
     def sent(self, stage: int) -> Sent:
         """Bytes of a stage for one row, over all its chunks."""
-        layers = self.config.parallel.stage_layers(self.config.model.shape.text.num_layers)[stage]
-        return self.text_sent * layers + (self.vision_sent if stage == 0 else Sent())
+        layout = self.config.parallel
+        ends = stage == layout.pipeline - 1
+        layers = layout.stage_layers(self.config.model.shape.text.num_layers)[stage] - ends
+        total = self.text_sent * layers + (self.vision_sent if stage == 0 else Sent())
+        return total + self.last_sent if ends else total
 
     def message_bytes(self) -> float:
         """Of one row between two pipeline stages."""
@@ -132,7 +142,7 @@ class StageTimes:
         hardware = self.hardware
         if tensor == 1:
             return Seconds(), 0.0
-        volume = 4 * (tensor - 1) / tensor * layer.full * layer.width * layer.element
+        volume = 2 * (tensor - 1) / tensor * (layer.full + layer.behind) * layer.width * layer.element
         going = volume / self._link
         # Gathered once more for the gradients of the weights, beside the products.
         again = volume / 2 * (layer.part < layer.full)
@@ -140,13 +150,15 @@ class StageTimes:
         sent = volume * (1 + passes * (1 + (how == "full"))) + again * passes
         return Seconds(Cost(going), Cost(back)), sent
 
-    def _text(self) -> tuple[Seconds, Sent]:
+    def _text(self, layer: Layer, spared: float) -> tuple[Seconds, Sent]:
+        """A mean layer of the decoder, whose MLP sees all tokens of a row but so many."""
         config, work = self.config, self._work
         how, depth = config.recompute.text, config.model.shape.text.num_layers
-        layer = text_layer(config, "te")
         ranks = config.parallel.tensor * config.parallel.context
-        forward = (work.forward.text_linear / depth / ranks, work.forward.text_attention / depth / ranks)
-        backward = (work.backward.text_linear / depth / ranks, work.backward.text_attention / depth / ranks)
+        forward, backward = (
+            (max(0.0, row.text_linear / depth - spared * token.text_linear) / ranks, row.text_attention / depth / ranks)
+            for row, token in ((work.forward, work.forward_trained), (work.backward, work.backward_trained))
+        )
         seconds = self._layer(layer, forward, backward, config.precision.fp8_text, how)
         collectives, sent = self._collectives(layer, config.parallel.tensor, sum(backward) > 0, how)
         context, keys_sent = self._keys(layer, sum(backward) > 0, how)
@@ -196,25 +208,29 @@ class StageTimes:
         each = Cost(4e-6 * self.hardware.latency_us * (tensor > 1))
         return Seconds(each, each)
 
-    def _head(self) -> Seconds:
+    def _head(self, trained: float) -> Seconds:
         config, work = self.config, self._work
-        ranks = config.parallel.tensor * config.parallel.context
-        logits = config.sequence_length * config.model.shape.text.vocab_size / ranks
+        own = trained / (config.parallel.tensor * config.parallel.context)
+        logits = own * config.model.shape.text.vocab_size
         rate, memory = _peak(config, self.hardware) * self.hardware.matmul_efficiency, _memory_rate(self.hardware)
         # Written in bf16, read, written in fp32, its maximum, exponential and sum; then the gradient in fp32 and in bf16.
         loss = (2 + 2 + 4 + 4 + 8 + 4) * logits / memory, (8 + 6) * logits / memory
         passes = learning(config).text
-        return Seconds(
-            Cost(work.forward.head / ranks / rate + loss[0]), Cost((work.backward.head / ranks / rate + loss[1]) * passes)
-        )
+        going, back = own * work.forward_trained.head / rate, own * work.backward_trained.head / rate
+        return Seconds(Cost(going + loss[0]), Cost((back + loss[1]) * passes))
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Operations on all ranks together: of one row without its patches, and of one patch."""
+    """Operations on all ranks together: of one row's layers, of one trained token behind the last attention, of one patch.
+
+    The row's are without its patches and as if all its tokens went through the last MLP.
+    """
 
     forward: Flops
     backward: Flops
+    forward_trained: Flops
+    backward_trained: Flops
     forward_patch: Flops
     backward_patch: Flops
 
@@ -225,20 +241,18 @@ def _work(model: ModelConfig, length: int, mean_tokens: float, document_tokens: 
     shape = model.shape
     document, side = max(1, round(document_tokens)), max(1, round(frame_patches / 2))
 
-    def both(lengths: list[int], frames: list[tuple[int, int]]) -> tuple[Flops, Flops]:
-        forward = forward_flops(shape, lengths, frames)
-        return forward, _scale(forward, -1.0) + training_flops(shape, lengths, frames, model.freeze, model.lora)
+    def both(lengths: list[int], frames: list[tuple[int, int]], trained: int | None = None) -> tuple[Flops, Flops]:
+        forward = forward_flops(shape, lengths, frames, trained)
+        return forward, _scale(forward, -1.0) + training_flops(shape, lengths, frames, model.freeze, model.lora, trained)
 
+    one, many = both([1], []), both([document], [])
     row = (
-        Flops(
-            text_linear=length * one.text_linear,
-            text_attention=mean_tokens / document * many.text_attention,
-            head=length * one.head,
-        )
-        for one, many in zip(both([1], []), both([document], []), strict=True)
+        Flops(text_linear=length * token.text_linear, text_attention=mean_tokens / document * several.text_attention)
+        for token, several in zip(one, many, strict=True)
     )
+    trained = (token + _scale(untrained, -1.0) for token, untrained in zip(one, both([1], [], 0), strict=True))
     patch = (_scale(flops, 1 / (2 * side)) for flops in both([], [(2, side)]))
-    return _Work(*row, *patch)
+    return _Work(*row, *trained, *patch)
 
 
 def _scale(flops: Flops, factor: float) -> Flops:
@@ -249,9 +263,11 @@ def useful_flops(config: StageConfig, rows: RowSample) -> float:
     """Operations that one row needs on average, forward and backward, without padding: what an MFU counts."""
     shape, model = config.model.shape, config.model
     length, side = max(1, round(rows.document_tokens)), max(1, round(rows.frame_patches / 2))
-    document = training_flops(shape, [length], [], model.freeze, model.lora).total / length
+    document = training_flops(shape, [length], [], model.freeze, model.lora, 0).total / length
+    trained = training_flops(shape, [1], [], model.freeze, model.lora).total
+    trained -= training_flops(shape, [1], [], model.freeze, model.lora, 0).total
     frame = training_flops(shape, [], [(2, side)], model.freeze, model.lora).total / (2 * side)
-    return rows.mean_tokens * document + rows.mean_patches * frame
+    return rows.mean_tokens * document + rows.mean_trained * trained + rows.mean_patches * frame
 
 
 def _peak(config: StageConfig, hardware: Hardware) -> float:

@@ -55,6 +55,11 @@ class PolicySample:
     group: int = 0
 
     @property
+    def num_trained(self) -> int:
+        """Tokens that are trained."""
+        return int(np.count_nonzero(self.trained))
+
+    @property
     def num_patches(self) -> int:
         """Patches of all frames."""
         return sum(rows * columns for rows, columns in self.frames)
@@ -164,17 +169,18 @@ def compute_loads(
 ) -> npt.NDArray[np.float64]:
     """What each answer adds to its rank's work, for `repack.plan_rows`.
 
-    Both towers' attention and all of the vision tower and the merger count whole; the decoder's linear layers and the head, for
-    which a row of fixed length pays with or without the answer, count by `LENGTH_SHARE`.
+    Both towers' attention, all of the vision tower and the merger, and the decoder's last MLP and the head, which see trained
+    tokens alone, count whole; the decoder's other linear layers, for which a row of fixed length pays with or without the
+    answer, count by `LENGTH_SHARE`.
 
     Returns:
         [n] operations, forward and backward.
     """
     loads = []
     for sample in samples:
-        flops = training_flops(shape, [len(sample.tokens)], sample.frames, freeze, lora)
-        tokens = flops.text_linear + flops.head
-        loads.append(flops.total - (1 - LENGTH_SHARE) * tokens)
+        part = [len(sample.tokens)], sample.frames, freeze, lora
+        whole, untrained = (training_flops(shape, *part, trained) for trained in (sample.num_trained, 0))
+        loads.append(whole.total - (1 - LENGTH_SHARE) * untrained.text_linear)
     return np.array(loads, dtype=np.float64)
 
 
@@ -189,11 +195,12 @@ def describe_plan(
 ) -> RepackReport:
     """Measure a plan."""
     tokens = [sum(len(samples[index].tokens) for row in rank for index in row) for rank in plan]
-    padding = training_flops(shape, [1], [], freeze, lora)
+    padding = training_flops(shape, [1], [], freeze, lora, 0)
     work = []
     for rank, useful in zip(plan, tokens, strict=True):
         own = [samples[index] for row in rank for index in row]
-        flops = training_flops(shape, [len(s.tokens) for s in own], [f for s in own for f in s.frames], freeze, lora)
+        lengths, frames = [len(sample.tokens) for sample in own], [frame for sample in own for frame in sample.frames]
+        flops = training_flops(shape, lengths, frames, freeze, lora, sum(sample.num_trained for sample in own))
         work.append(flops.total + (len(rank) * row_length - useful) * padding.total)
     steps = len(plan[0])
     return RepackReport(

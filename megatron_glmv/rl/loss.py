@@ -67,7 +67,7 @@ class PolicyTerms:
     reference_logprobs: Tensor | None = None
 
     def at(self, index: Tensor, device: torch.device = torch.device("cpu")) -> PolicyTerms:  # noqa: B008  (a value)
-        """The part of a context rank: [1, len(index)] tensors on `device`; index is of `sequence.shard.context_indices`."""
+        """The part of a context rank: [1, len(index)] tensors on `device`; index is `ModelInputs.label_index`."""
         tensors = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         own = {name: tensor.reshape(-1)[index].unsqueeze(0) for name, tensor in tensors.items()}
         return PolicyTerms(**{name: to_device(tensor, torch.device(device)) for name, tensor in own.items()})

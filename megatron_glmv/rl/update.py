@@ -20,7 +20,6 @@ from megatron_glmv.config.rl import AlgorithmConfig
 from megatron_glmv.parallel import platform
 from megatron_glmv.rl.batch import PolicyRow
 from megatron_glmv.rl.loss import PolicyStats, merge_stats, policy_loss
-from megatron_glmv.sequence.shard import context_indices
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 from megatron_glmv.training.step import chunk_inputs, run_schedule
@@ -58,8 +57,8 @@ def old_logprobs(assembly: Assembly, rows: Sequence[PolicyRow], temperature: flo
     if not found:
         return list(rows)
     return [
-        replace(row, terms=row.terms.with_old(_whole(row, logprobs, row.terms.old_logprobs)))
-        for row, logprobs in zip(rows, found, strict=True)
+        replace(row, terms=row.terms.with_old(_whole(index, logprobs, row.terms.old_logprobs)))
+        for row, (index, logprobs) in zip(rows, found, strict=True)
     ]
 
 
@@ -100,8 +99,8 @@ def update_policy(
 def _report_logprobs(assembly: Assembly, temperature: float, iterator: Iterator[PolicyRow], chunk: Any) -> tuple[Tensor, Any]:
     inputs = chunk_inputs(assembly.config, next(iterator).row, chunk.module)
 
-    def report(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return losses.sum(), torch.ones((), dtype=torch.int32, device=losses.device), -losses.detach()
+    def report(losses: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        return losses.sum(), torch.ones((), dtype=torch.int32, device=losses.device), (inputs.label_index, -losses.detach())
 
     return chunk(inputs, temperature=temperature), report
 
@@ -119,7 +118,7 @@ def _policy_step(
 
     def loss(output: Tensor) -> tuple[Tensor, Tensor, PolicyStats]:
         losses, entropy = output
-        terms = row.terms.at(_own_tokens(row), losses.device)
+        terms = row.terms.at(inputs.label_index, losses.device)
         if is_old:
             terms = terms.with_old(-losses.detach())
         result = policy_loss(-losses, inputs.loss_weights, terms, algorithm, entropy)
@@ -128,17 +127,10 @@ def _policy_step(
     return chunk(inputs, temperature=temperature, entropy="learn" if algorithm.entropy_coefficient else "report"), loss
 
 
-def _own_tokens(row: PolicyRow) -> Tensor:
-    """Which of the row's tokens this context rank has, in its order."""
-    return context_indices(
-        row.row.document_lengths, parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    )
-
-
-def _whole(row: PolicyRow, own: Tensor, like: Tensor) -> Tensor:
-    """A tensor of all the row's tokens with those of this context rank filled in."""
+def _whole(index: Tensor, own: Tensor, like: Tensor) -> Tensor:
+    """A tensor of all the row's tokens with this context rank's trained ones filled in."""
     values = torch.zeros_like(like)
-    values[_own_tokens(row)] = own.reshape(-1).to(values.device, values.dtype)
+    values[index] = own.reshape(-1).to(values.device, values.dtype)
     return values
 
 

@@ -1,8 +1,9 @@
 """What a document costs in training beyond its tokens, so that rows can be packed to cost alike.
 
-Rows of equal length cost the same in the decoder's matrices, padding included. What differs is attention, which grows with the
-square of each document's length, and the vision tower, which grows with patches and with the square of each frame's. A replica
-waits for the slowest of its peers in every step, so these parts should be even over rows.
+Rows of equal length cost the same in the decoder's matrices, padding included; all tokens count as trained here, though those
+that are not cost nothing behind the last attention (on the 9B 9 % less). What differs is attention, which grows with the square
+of each document's length, and the vision tower, which grows with patches and with the square of each frame's. A replica waits
+for the slowest of its peers in every step, so these parts should be even over rows.
 
 Costs are in tokens: the work that the decoder's matrices do for one token is 1. Forward and backward passes keep the ratios,
 but for the patch embedding, whose input needs no gradient.

@@ -92,9 +92,10 @@ def join_frames(patches: Tensor, frames: Tensor, moving: Tensor) -> Tensor:
     inside = torch.arange(int(sizes.sum())) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
     first = torch.repeat_interleave(flat.cumsum(0) - flat, sizes) + inside
     second = first + torch.repeat_interleave(sizes * moving.long(), sizes)
-    pairs = patches[to_device(torch.stack((first, second), dim=1), patches.device)]
     channels, width = len(CLIP_MEAN), patches.shape[1]
-    return pairs.view(len(first), 2, width // channels, channels).permute(0, 3, 1, 2).reshape(len(first), 2 * width)
+    colours = patches.view(len(patches), width // channels, channels).transpose(1, 2).contiguous()
+    slots = [colours.index_select(0, to_device(index, patches.device)) for index in (first, second)]
+    return torch.stack(slots, dim=2).view(len(first), 2 * width)
 
 
 def normalize_patches(patches: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,6 @@
-"""Context-parallel slices of a row that cost every rank the same causal attention.
+"""Which tokens of a row a rank holds, and which of them go on behind the last attention.
+
+Context-parallel slices cost every rank the same causal attention.
 
 Each document is cut into ``2 x context`` equal chunks; rank r takes chunks r and ``2 x context - 1 - r``, so that every rank
 gets an early and a late one. An image may cross a cut: positions and features go with their tokens.
@@ -52,3 +54,23 @@ def row_order(document_lengths: Sequence[int], context: int) -> Tensor:
     """
     gathered = torch.cat([context_indices(document_lengths, context, rank) for rank in range(context)])
     return torch.argsort(gathered)
+
+
+def trained_indices(trained: Tensor, num_parts: int, multiple: int) -> Tensor:
+    """Which tokens of each tensor rank's part go on behind the last attention: the trained ones, and equally many of each part.
+
+    A part that has fewer is filled up with tokens that are not trained.
+
+    Args:
+        trained: [S] bool, of a context rank's tokens.
+        num_parts: consecutive parts of S / num_parts tokens, one for each tensor rank under sequence parallelism; else 1.
+        multiple: what each takes is a multiple of this, or all of its part.
+
+    Returns:
+        [num_parts, k] int64 indexes into the S tokens, rising.
+    """
+    parts = trained.view(num_parts, -1)
+    most = max(1, int(parts.sum(1).max()))
+    taken = min(parts.size(1), -(-most // multiple) * multiple)
+    first = torch.argsort(parts.logical_not().to(torch.uint8), dim=1, stable=True)[:, :taken]
+    return first.sort(dim=1).values + parts.size(1) * torch.arange(num_parts)[:, None]

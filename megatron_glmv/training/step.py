@@ -13,12 +13,12 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_glmv.config.fp8 import merged_multiple
+from megatron_glmv.config.fp8 import merged_multiple, trained_multiple
 from megatron_glmv.config.model import ModelShape, Part
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.data.loader import StepRows
 from megatron_glmv.model.glm4v import Glm4vModel
-from megatron_glmv.model.inputs import FrameShare, ModelInputs, make_inputs
+from megatron_glmv.model.inputs import FrameShare, ModelInputs, TokenShare, make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import PackedSequence, mask_documents
 from megatron_glmv.sequence.patches import num_flat_patches
@@ -153,27 +153,38 @@ def _forward_step(config: StageConfig, iterator: Iterator[PackedSequence], chunk
     return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
 
 
-def chunk_inputs(config: StageConfig, row: PackedSequence, model: Glm4vModel) -> ModelInputs:
+def chunk_inputs(config: StageConfig, row: PackedSequence, model: Glm4vModel, *, all_tokens: bool = False) -> ModelInputs:
     """What one chunk of this rank's model reads of a row; collective over the ranks that share the row's pictures.
 
     Args:
         config: the run's.
         row: with patches on the decoding rank.
         model: the chunk.
+        all_tokens: have the losses or logits of all tokens, not of the trained ones alone.
     """
-    shape = config.model.shape
+    shape, layout = config.model.shape, config.parallel
     if model.pre_process:
         row = replace(row, patches=_shared_patches(row, shape))
     return make_inputs(
         row,
         shape,
         platform.device(),
-        tensor=config.parallel.vision_tensor,
+        tensor=layout.vision_tensor,
         context=parallel_state.get_context_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         with_vision=model.pre_process,
-        merged_multiple=merged_multiple(config.precision, config.parallel),
-        share=FrameShare(*groups.place_among_vision_ranks()) if config.parallel.vision == "images" else FrameShare(),
+        merged_multiple=merged_multiple(config.precision, layout),
+        share=FrameShare(*groups.place_among_vision_ranks()) if layout.vision == "images" else FrameShare(),
+        trained=None if all_tokens else _token_share(config),
+    )
+
+
+def _token_share(config: StageConfig) -> TokenShare:
+    multiple = trained_multiple(config.precision, config.parallel)
+    if not config.parallel.sequence_parallel:
+        return TokenShare(multiple=multiple)
+    return TokenShare(
+        parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size(), multiple
     )
 
 

@@ -105,7 +105,7 @@ def logits(assembly: Assembly, row: PackedSequence) -> torch.Tensor:
     """[S, V] float32 of one row."""
     [model] = assembly.models
     with torch.no_grad():
-        return model(chunk_inputs(assembly.config, row, model), return_logits=True)[:, 0].float().cpu()
+        return model(chunk_inputs(assembly.config, row, model, all_tokens=True), return_logits=True)[:, 0].float().cpu()
 
 
 def features(assembly: Assembly, row: PackedSequence) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.parallel import groups
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
 from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
-from megatron_glmv.training.step import reduce_loss, run_schedule
+from megatron_glmv.training.step import _weighted_loss, chunk_inputs, reduce_loss, run_schedule
 from tests.model import oracle
 
 Result = tuple[float, float, dict[str, Tensor]]
 """Mean loss, norm of the gradient, and the whole gradient by name."""
+Layout = tuple[str, dict[str, Any], dict[str, str]]
+"""Name, fields of `parallel`, fields of `recompute`."""
 GATE = 1e-5
 """Relative; tests/model/test_layouts.py says why."""
 LENGTH = 256
@@ -78,20 +81,25 @@ def train_config(folder: str, layout: dict[str, Any], recompute: dict[str, str])
 
 
 def losses_and_gradients(
-    rank: int, variant: str, folder: str, layouts: Sequence[tuple[str, dict[str, Any], dict[str, str]]]
+    rank: int, variant: str, folder: str, layouts: Sequence[Layout], all_tokens: bool = False
 ) -> dict[str, Result] | None:
-    """For each (name, layout, recompute) the batch's mean loss, its gradient's norm and the gradient by name, on rank 0."""
-    results = {name: _one_layout(variant, train_config(folder, layout, recompute)) for name, layout, recompute in layouts}
+    """For each (name, layout, recompute) the batch's mean loss, its gradient's norm and the gradient by name, on rank 0.
+
+    With `all_tokens` none is left out behind the last attention: what every layout is held against.
+    """
+    results = {
+        name: _one_layout(variant, train_config(folder, layout, recompute), all_tokens) for name, layout, recompute in layouts
+    }
     return results if rank == 0 else None
 
 
-def _one_layout(variant: str, config: TrainConfig) -> Result:
+def _one_layout(variant: str, config: TrainConfig, all_tokens: bool) -> Result:
     groups.initialize(config.parallel, seed=1)
     shape = config.model.shape
     models = build_model(shape, config.parallel, config.precision, config.recompute)
     from_state_dict(models, oracle.random_model(variant).state_dict(), shape)
     assembly = assemble(config, models)
-    loss = forward_and_backward(assembly)
+    loss = forward_and_backward(assembly, all_tokens=all_tokens)
     assembly.optimizer.prepare_grads()
     norm = float(assembly.optimizer.get_grad_norm())
     local = {name: parameter.main_grad.clone() for name, parameter in local_parameters(models).items()}
@@ -101,12 +109,19 @@ def _one_layout(variant: str, config: TrainConfig) -> Result:
     return loss, norm, _join(gathered, shape)
 
 
-def forward_and_backward(assembly: Assembly) -> float:
+def forward_and_backward(assembly: Assembly, *, all_tokens: bool = False) -> float:
     """The global batch's mean loss; the gradients lie where Megatron puts them."""
+
+    def forward_step(iterator: Iterator[PackedSequence], chunk: Any) -> tuple[Tensor, Any]:
+        inputs = chunk_inputs(assembly.config, next(iterator), chunk.module, all_tokens=True)
+        assert inputs.labels.shape == inputs.tokens.shape
+        return chunk(inputs), partial(_weighted_loss, inputs.loss_weights)
+
     rows = make_rows(assembly.shape)
     share = len(rows) // groups.data_size()
     own = rows[groups.data_rank() * share :][:share]
-    return reduce_loss(run_schedule(assembly, own, forward_only=False))[0]
+    step = forward_step if all_tokens else None
+    return reduce_loss(run_schedule(assembly, own, forward_only=False, forward_step=step))[0]
 
 
 def assert_same(found: Result, reference: Result) -> None:

@@ -21,12 +21,12 @@ class _Kept:
         self.tensor = tensor
 
 
-def keep_all(rank: int, trees: Sequence[dict[str, Any]], rows: Sequence[PackedSequence]) -> list[list[int]]:
-    """For each configuration, bytes that a forward pass keeps on this rank for each row."""
+def keep_all(rank: int, trees: Sequence[dict[str, Any]], rows: Sequence[PackedSequence]) -> list[list[tuple[int, int]]]:
+    """For each configuration and row, bytes that a forward pass keeps on this rank, and the tokens that it has losses of."""
     return [_keep(TrainConfig.model_validate(tree), rows) for tree in trees]
 
 
-def _keep(config: TrainConfig, rows: Sequence[PackedSequence]) -> list[int]:
+def _keep(config: TrainConfig, rows: Sequence[PackedSequence]) -> list[tuple[int, int]]:
     from megatron.core import parallel_state
 
     from megatron_glmv.parallel import groups
@@ -42,8 +42,8 @@ def _keep(config: TrainConfig, rows: Sequence[PackedSequence]) -> list[int]:
     return found
 
 
-def kept_bytes(assembly: Any, row: PackedSequence) -> int:
-    """Bytes of all storages that autograd keeps for one row, but those of weights; one stage with one chunk."""
+def kept_bytes(assembly: Any, row: PackedSequence) -> tuple[int, int]:
+    """Bytes of all storages that autograd keeps for one row, but those of weights, and its losses; one stage with one chunk."""
     from megatron_glmv.training.step import _weighted_loss, chunk_inputs
 
     model, kept = assembly.chunks[0], weakref.WeakSet[_Kept]()
@@ -60,4 +60,4 @@ def kept_bytes(assembly: Any, row: PackedSequence) -> int:
     gc.collect()
     storages = {holder.tensor.untyped_storage().data_ptr(): holder.tensor.untyped_storage().nbytes() for holder in kept}
     assert loss.requires_grad
-    return sum(size for place, size in storages.items() if place not in owned)
+    return sum(size for place, size in storages.items() if place not in owned), inputs.labels.size(1)

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_glmv.config.model import ModelShape
 from megatron_glmv.config.training import TrainConfig
-from megatron_glmv.plan.activations import row_bytes
+from megatron_glmv.plan.activations import most_going_on, row_bytes
 from megatron_glmv.sequence.cost import deal_frames
 from megatron_glmv.sequence.packed import PackedSequence
 from tests.model import layouts, oracle
@@ -50,12 +51,22 @@ def tree(folder: str, **changes: Any) -> dict[str, Any]:
     return base
 
 
+Measured = dict[str, tuple[TrainConfig, list[list[tuple[int, int]]]]]
+"""Configuration, and for each rank and row bytes that are kept and tokens that have a loss."""
+
+
+def make_rows(shape: ModelShape) -> list[PackedSequence]:
+    """Rows of which 5 to 40 % are trained, and one of which all is."""
+    rows = layouts.make_rows(shape)
+    return [*rows, dataclasses.replace(rows[0], loss_weights=torch.ones(layouts.LENGTH), key="all trained")]
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainConfig, list[list[int]]]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     folder = tmp_path_factory.mktemp("architecture")
     (folder / "config.json").write_text(json.dumps(oracle.hf_config("digits")))
     trees = [tree(str(folder), **changes) for changes in CASES.values()]
-    rows = [dataclasses.replace(row, patches=pixels(row.patches)) for row in layouts.make_rows(oracle.model_shape("digits"))]
+    rows = [dataclasses.replace(row, patches=pixels(row.patches)) for row in make_rows(oracle.model_shape("digits"))]
     found = run_ranks(keep_all, 2, trees, rows, timeout_s=300)
     return {
         name: (TrainConfig.model_validate(tree), [ranks[number] for ranks in found])
@@ -68,22 +79,36 @@ def pixels(patches: Tensor | None) -> Tensor | None:
     return None if patches is None else (patches * 50 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def predicted(config: TrainConfig, patches: int) -> float:
+def predicted(config: TrainConfig, patches: int, going_on: int) -> float:
     """Bytes of a row on the one stage of a layout without pipeline."""
-    row = row_bytes(config, patches, "torch")
-    return row.vision + row.merger + row.entry[0] + config.model.shape.text.num_layers * row.text + row.head
+    row = row_bytes(config, patches, "torch", going_on)
+    layers = (config.model.shape.text.num_layers - 1) * row.text + row.last
+    return row.vision + row.merger + row.entry[0] + layers + row.head
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kept_bytes(measured: dict[str, tuple[TrainConfig, list[list[int]]]], name: str) -> None:
+def test_kept_bytes(measured: Measured, name: str) -> None:
     config, ranks = measured[name]
-    rows = layouts.make_rows(config.model.shape)
+    rows = make_rows(config.model.shape)
     for number, rank in enumerate(ranks):
-        for row, found in zip(rows, rank, strict=True):
+        for row, (found, losses) in zip(rows, rank, strict=True):
             patches = encoded_patches(config, row, number)
-            error = predicted(config, patches) / found - 1
-            print(f"{name}: {row.key}, {patches} patches: {found} kept, {error:+.1%}")
+            error = predicted(config, patches, losses) / found - 1
+            print(f"{name}: {row.key}, {patches} patches, {losses} losses: {found} kept, {error:+.1%}")
             assert abs(error) <= WORST.get(name, 0.02), f"{row.key}: {error:+.1%} of {found} bytes"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_rank_has_more_losses_than_the_plan_has_room_for(measured: Measured, name: str) -> None:
+    """And where one rank has all of a row's trained tokens, or all are trained, the bound is met."""
+    config, ranks = measured[name]
+    rows = make_rows(config.model.shape)
+    most = [most_going_on(config, int((row.loss_weights > 0).sum())) for row in rows]
+    for rank in ranks:
+        assert all(losses <= bound for (_, losses), bound in zip(rank, most, strict=True))
+    if config.parallel.context == 1:
+        assert [losses for _, losses in ranks[0]][1:] == most[1:]
+    assert ranks[0][-1][1] == most[-1] == layouts.LENGTH / config.parallel.context
 
 
 def encoded_patches(config: TrainConfig, row: PackedSequence, rank: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.rl import AlgorithmConfig
+from megatron_glmv.plan.flops import training_flops
 from megatron_glmv.rl.advantage import group_advantages
 from megatron_glmv.rl.batch import PolicySample, Skipped, build_row, compute_loads, describe_plan, divide, make_samples
 from megatron_glmv.rl.loss import policy_loss
@@ -217,6 +218,24 @@ def test_pictures_and_long_answers_weigh_more():
     text, pictured, long = compute_loads(SHAPE, [sample(100), sample(100, FRAMES), sample(200)])
     assert pictured > text
     assert long > 2 * text
+
+
+def test_trained_tokens_alone_count_behind_the_last_attention():
+    samples = samples_of(make_groups(3), row_length=64)
+    every = [PolicySample(**{**vars(sample), "trained": np.ones(len(sample.tokens), np.bool_)}) for sample in samples]
+    token = training_flops(SHAPE, [1], []).total - training_flops(SHAPE, [1], [], trained=0).total
+    untrained = np.array([len(sample.tokens) - int(sample.trained.sum()) for sample in samples])
+    assert (untrained > 0).all()
+    assert compute_loads(SHAPE, every) - compute_loads(SHAPE, samples) == pytest.approx(untrained * token)
+
+    def work(sample: PolicySample) -> float:
+        lengths, trained = [len(sample.tokens)], int(sample.trained.sum())
+        padding = training_flops(SHAPE, [1], [], trained=0).total * (64 - lengths[0])
+        return training_flops(SHAPE, lengths, sample.frames, trained=trained).total + padding
+
+    skew = describe_plan((((0,),), ((1,),)), samples, SHAPE, row_length=64).compute_skew
+    two = [work(sample) for sample in samples[:2]]
+    assert skew == pytest.approx(2 * max(two) / sum(two))
 
 
 def test_several_updates_share_the_groups():
