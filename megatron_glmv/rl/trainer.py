@@ -114,7 +114,7 @@ def train(run: RlRun) -> bool:
     elif not stopped:
         stopped = _train(run)
     run.checkpointer.close()
-    _report_save(run)
+    _report_saves(run)
     end_run(run.job, run.state, stopped=stopped)
     return not stopped
 
@@ -151,14 +151,14 @@ def _train(run: RlRun) -> bool:
         elif _is_due(state.step, config.checkpoint.local_every_steps):
             run.job.watchdog.beat(state.step, "local copy")
             run.checkpointer.save_local(state, {STATE_FILE: state_dict(run)})
-        _report_save(run)
+        _report_saves(run)
     return stopping
 
 
-def _report_save(run: RlRun) -> None:
-    save = run.checkpointer.take_report()
-    if save is not None and run.recorder is not None:
-        record_save(run.recorder, save, "rl")
+def _report_saves(run: RlRun) -> None:
+    for save in run.checkpointer.take_reports():
+        if run.recorder is not None:
+            record_save(run.recorder, save, "rl")
 
 
 def iterate(run: RlRun) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def train(run: Run) -> bool:
     elif not stopped:
         stopped = _train(run)
     run.checkpointer.close()
-    report_save(run)
+    report_saves(run)
     end_run(run.job, run.state, stopped=stopped)
     return not stopped
 
@@ -95,15 +95,15 @@ def _train(run: Run) -> bool:
         elif _is_due(state.step, config.checkpoint.local_every_steps):
             watchdog.beat(state.step, "local copy")
             run.checkpointer.save_local(state)
-        report_save(run)
+        report_saves(run)
     return stopping
 
 
-def report_save(run: Run) -> None:
-    """Report a checkpoint that has become complete."""
-    save = run.checkpointer.take_report()
-    if save is not None and run.metrics is not None:
-        run.metrics.log_save(save)
+def report_saves(run: Run) -> None:
+    """Report the checkpoints and local copies that have become complete."""
+    for save in run.checkpointer.take_reports():
+        if run.metrics is not None:
+            run.metrics.log_save(save)
 
 
 def went_back(run: Run, result: StepResult) -> bool:

@@ -108,12 +108,13 @@ def whole(folder: Path) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def replicas(folder: Path) -> Path:
-    """Two replicas, two updates an iteration, a KL and an entropy term, overlapped gathering."""
+    """Two replicas, two updates an iteration, a KL and an entropy term, overlapped gathering, a local copy."""
     changes = {
         "parallel": {"timeout_s": 60},
         "steps": 3,
         "optimizer": {"lr": 0.0001, "schedule": "constant"},
         "algorithm": {"updates_per_rollout": 2, "kl_coefficient": 0.1, "entropy_coefficient": 0.001},
+        "checkpoint": {"every_steps": EVERY, "local_folder": str(folder / "copies"), "local_every_steps": 1},
     }
     finish(config_file(folder, "replicas", **changes), 2)
     return folder / "replicas"
@@ -171,6 +172,13 @@ def test_a_reference_holds_the_start_and_moves_away(replicas: Path) -> None:
     assert 0 < 3 * records[1]["policy"]["kl_reference"] < records[3]["policy"]["kl_reference"]
     assert records[1]["updates"] == 2
     assert records[1]["policy"]["ratio_max"] > 1.0
+
+
+def test_what_saves_cost_is_recorded(replicas: Path) -> None:
+    listed = [json.loads(line) for line in (replicas / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for kind, steps in (("local_copy", [1]), ("checkpoint", [EVERY, 3])):
+        stalls = {record["step"]: record[kind]["stall_s"] for record in listed if kind in record}
+        assert list(stalls) == steps and all(stall > 0 for stall in stalls.values())
 
 
 def test_ranks_are_compared_in_some_updates(whole, replicas: Path) -> None:
