@@ -41,6 +41,27 @@ class Outcome:
     """From the start of all ranks to the end of this one."""
 
 
+def leave_layout() -> None:
+    """End the groups of a layout, and gloo's threads with them, so that a rank can go on to another; every rank must call it.
+
+    A group ends with the last reference to it. Those of a model lie in cycles, and what the caller still holds goes next time.
+    """
+    import gc
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # nobody closes a connection that another still reads
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group != dist.group.WORLD:
+            dist.destroy_process_group(group)
+    del group
+    gc.collect()
+
+
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Call ``function(rank, *args)`` in `world_size` processes and return what each returned, in rank order.
 
