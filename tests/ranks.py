@@ -1,8 +1,8 @@
 """Real processes for tests that need several ranks.
 
-Each rank is a fresh interpreter with the environment that ``torchrun`` gives, so that the code under test starts exactly as
-in a run. The rendezvous store lives in the test's own process: no port is guessed, and it outlives a rank that dies.
-A spawn costs 6 to 10 s on two cores, so a module spawns once and makes many checks inside.
+Each rank has the environment that ``torchrun`` gives. It is forked from a process that has loaded the modules (`zygote.py`);
+with CUDA it is a fresh interpreter, as those of `glmv train` and `glmv rl` always are (`stages.py`). The rendezvous store lives
+in the test's own process: no port is guessed, and it outlives a rank that dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.zygote import Forked, fork
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+Rank = subprocess.Popen[bytes] | Forked
 PARITY_PACKAGES = str(Path(sys.prefix) / "parity")
 GRACE_S = 5.0
 TAIL_CHARS = 4000
@@ -90,13 +93,11 @@ def watch_ranks(
     *args: Any,
     timeout_s: float = 120.0,
     stop_on_failure: bool = False,
-    environment: dict[str, str] | None = None,
 ) -> list[Outcome]:
     """Like :func:`run_ranks`, but report how each rank ended instead of raising.
 
     Args:
         stop_on_failure: kill the others a few seconds after the first failure; otherwise each ends by itself.
-        environment: variables that differ from this process's.
     """
     from torch.distributed import TCPStore
 
@@ -105,12 +106,14 @@ def watch_ranks(
         folder = Path(name)
         (folder / "call.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
         started = time.monotonic()
-        processes = [_start(folder, rank, world_size, store.port, environment or {}) for rank in range(world_size)]
+        processes = [_start(folder, rank, world_size, store.port) for rank in range(world_size)]
         ended = _wait(processes, started, timeout_s, stop_on_failure)
         return [_outcome(folder, rank, process.returncode, ended[rank]) for rank, process in enumerate(processes)]
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, rank: int, world_size: int, port: int) -> Rank:
+    import torch
+
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -127,8 +130,9 @@ def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str,
         "PYTHONUNBUFFERED": "1",
         # Without the packages that the fixture torchvision_shim adds for pytest's own process: a rank has no shim.
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *(entry for entry in sys.path if entry and entry != PARITY_PACKAGES)]),
-        **extra,
     }
+    if not torch.cuda.is_available():
+        return fork(rank, "tests.ranks", "_main", [str(folder), rank], environment, folder / f"output_{rank}.txt")
     with (folder / f"output_{rank}.txt").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.ranks", str(folder), str(rank)],
@@ -140,7 +144,7 @@ def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str,
         )
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], started: float, timeout_s: float, stop: bool) -> list[float]:
+def _wait(processes: list[Rank], started: float, timeout_s: float, stop: bool) -> list[float]:
     """Wait for all processes; kill what is left at the deadline. Returns the second each one ended at."""
     deadline = started + timeout_s
     ended = [0.0] * len(processes)
@@ -169,10 +173,11 @@ def _outcome(folder: Path, rank: int, exit_code: int, seconds: float) -> Outcome
     return Outcome(rank, exit_code, result, output, seconds)
 
 
-def _main(folder: Path, rank: int) -> None:
+def _main(place: str, rank: int) -> None:
     """One rank: import the function's module, call it, store the result."""
     import importlib
 
+    folder = Path(place)
     module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
     try:
         import torch
@@ -194,4 +199,4 @@ def _main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))
+    _main(sys.argv[1], int(sys.argv[2]))
