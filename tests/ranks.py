@@ -105,8 +105,8 @@ def watch_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "call.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-        started = time.monotonic()
         processes = [_start(folder, rank, world_size, store.port) for rank in range(world_size)]
+        started = time.monotonic()
         ended = _wait(processes, started, timeout_s, stop_on_failure)
         return [_outcome(folder, rank, process.returncode, ended[rank]) for rank, process in enumerate(processes)]
 
@@ -149,7 +149,7 @@ def _wait(processes: list[Rank], started: float, timeout_s: float, stop: bool) -
     deadline = started + timeout_s
     ended = [0.0] * len(processes)
     try:
-        while any(process.poll() is None for process in processes):
+        while None in [process.poll() for process in processes]:
             now = time.monotonic()
             for rank, process in enumerate(processes):
                 if process.returncode is not None and not ended[rank]:

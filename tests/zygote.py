@@ -52,14 +52,14 @@ def fork(parity: int, module: str, function: str, words: list[Any], environment:
     """Call ``module.function(*words)`` in a new process; it never returns there.
 
     Args:
-        parity: which of the two processes forks.
+        parity: which of the two processes forks; both load at the same time.
         module: that holds `function`.
         function: by name.
         words: its arguments, which JSON can hold.
         environment: the whole of it; its PYTHONPATH is the whole path of modules.
         output: file for standard output and error.
     """
-    zygote = _start(parity % 2)
+    zygote = [_start(number) for number in range(2)][parity % 2]
     call = {"module": module, "function": function, "words": words}
     place = {"environment": environment, "folder": str(Path.cwd()), "output": str(output)}
     return Forked(zygote, _ask(zygote, call | place)["process"])
