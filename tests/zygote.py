@@ -15,11 +15,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_LOCK = threading.Lock()
+"""Tests that start several jobs at once ask from threads."""
 MODULES = ("megatron_glmv.rl.command", "tests.model.oracle", "torch._dynamo")
 
 
@@ -59,7 +62,8 @@ def fork(parity: int, module: str, function: str, words: list[Any], environment:
         environment: the whole of it; its PYTHONPATH is the whole path of modules.
         output: file for standard output and error.
     """
-    zygote = [_start(number) for number in range(2)][parity % 2]
+    with _LOCK:
+        zygote = [_start(number) for number in range(2)][parity % 2]
     call = {"module": module, "function": function, "words": words}
     place = {"environment": environment, "folder": str(Path.cwd()), "output": str(output)}
     return Forked(zygote, _ask(zygote, call | place)["process"])
@@ -83,9 +87,10 @@ def _start(parity: int) -> subprocess.Popen[str]:
 
 def _ask(zygote: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, Any]:
     assert zygote.stdin is not None and zygote.stdout is not None
-    zygote.stdin.write(json.dumps(request) + "\n")
-    zygote.stdin.flush()
-    answer = zygote.stdout.readline()
+    with _LOCK:
+        zygote.stdin.write(json.dumps(request) + "\n")
+        zygote.stdin.flush()
+        answer = zygote.stdout.readline()
     assert answer, f"the process that forks ranks has ended with {zygote.wait()}"
     return json.loads(answer)
 
