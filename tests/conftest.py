@@ -15,6 +15,11 @@ import torch
 from tests.ranks import PARITY_PACKAGES
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those of SLURM come first: much of their time they wait for its clocks, while other files go on beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @cache
 def _declare_torchvision_operators() -> torch.library.Library:
     """Declare the operators for which torchvision registers Python kernels at import.

@@ -1,8 +1,8 @@
 """Real processes for tests that need several ranks.
 
-Each rank is a fresh interpreter with the environment that ``torchrun`` gives, so that the code under test starts exactly as
-in a run. The rendezvous store lives in the test's own process: no port is guessed, and it outlives a rank that dies.
-A spawn costs 6 to 10 s on two cores, so a module spawns once and makes many checks inside.
+Each rank has the environment that ``torchrun`` gives. It is forked from a process that has loaded the modules (`zygote.py`);
+with CUDA it is a fresh interpreter, as those of `glmv train` and `glmv rl` always are (`stages.py`). The rendezvous store lives
+in the test's own process: no port is guessed, and it outlives a rank that dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.zygote import Forked, fork
+
 REPOSITORY = Path(__file__).resolve().parents[1]
+Rank = subprocess.Popen[bytes] | Forked
 PARITY_PACKAGES = str(Path(sys.prefix) / "parity")
 GRACE_S = 5.0
 TAIL_CHARS = 4000
@@ -39,6 +42,27 @@ class Outcome:
     """Standard output and standard error, interleaved."""
     seconds: float
     """From the start of all ranks to the end of this one."""
+
+
+def leave_layout() -> None:
+    """End the groups of a layout, and gloo's threads with them, so that a rank can go on to another; every rank must call it.
+
+    A group ends with the last reference to it. Those of a model lie in cycles, and what the caller still holds goes next time.
+    """
+    import gc
+
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
+    dist.barrier()  # nobody closes a connection that another still reads
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group != dist.group.WORLD:
+            dist.destroy_process_group(group)
+    del group
+    gc.collect()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
@@ -69,13 +93,11 @@ def watch_ranks(
     *args: Any,
     timeout_s: float = 120.0,
     stop_on_failure: bool = False,
-    environment: dict[str, str] | None = None,
 ) -> list[Outcome]:
     """Like :func:`run_ranks`, but report how each rank ended instead of raising.
 
     Args:
         stop_on_failure: kill the others a few seconds after the first failure; otherwise each ends by itself.
-        environment: variables that differ from this process's.
     """
     from torch.distributed import TCPStore
 
@@ -83,13 +105,15 @@ def watch_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-") as name:
         folder = Path(name)
         (folder / "call.pickle").write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
+        processes = [_start(folder, rank, world_size, store.port) for rank in range(world_size)]
         started = time.monotonic()
-        processes = [_start(folder, rank, world_size, store.port, environment or {}) for rank in range(world_size)]
         ended = _wait(processes, started, timeout_s, stop_on_failure)
         return [_outcome(folder, rank, process.returncode, ended[rank]) for rank, process in enumerate(processes)]
 
 
-def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str, str]) -> subprocess.Popen[bytes]:
+def _start(folder: Path, rank: int, world_size: int, port: int) -> Rank:
+    import torch
+
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -106,8 +130,9 @@ def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str,
         "PYTHONUNBUFFERED": "1",
         # Without the packages that the fixture torchvision_shim adds for pytest's own process: a rank has no shim.
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *(entry for entry in sys.path if entry and entry != PARITY_PACKAGES)]),
-        **extra,
     }
+    if not torch.cuda.is_available():
+        return fork(rank, "tests.ranks", "_main", [str(folder), rank], environment, folder / f"output_{rank}.txt")
     with (folder / f"output_{rank}.txt").open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.ranks", str(folder), str(rank)],
@@ -119,12 +144,12 @@ def _start(folder: Path, rank: int, world_size: int, port: int, extra: dict[str,
         )
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], started: float, timeout_s: float, stop: bool) -> list[float]:
+def _wait(processes: list[Rank], started: float, timeout_s: float, stop: bool) -> list[float]:
     """Wait for all processes; kill what is left at the deadline. Returns the second each one ended at."""
     deadline = started + timeout_s
     ended = [0.0] * len(processes)
     try:
-        while any(process.poll() is None for process in processes):
+        while None in [process.poll() for process in processes]:
             now = time.monotonic()
             for rank, process in enumerate(processes):
                 if process.returncode is not None and not ended[rank]:
@@ -148,10 +173,11 @@ def _outcome(folder: Path, rank: int, exit_code: int, seconds: float) -> Outcome
     return Outcome(rank, exit_code, result, output, seconds)
 
 
-def _main(folder: Path, rank: int) -> None:
+def _main(place: str, rank: int) -> None:
     """One rank: import the function's module, call it, store the result."""
     import importlib
 
+    folder = Path(place)
     module, name, args = pickle.loads((folder / "call.pickle").read_bytes())
     try:
         import torch
@@ -173,4 +199,4 @@ def _main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))
+    _main(sys.argv[1], int(sys.argv[2]))

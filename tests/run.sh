@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv if needed, then: style, import floors, types, the default tests (neither slow nor gpu), and those of SLURM.
+# Sets up .venv if needed, then: style, import floors, types, and the default tests (neither slow nor gpu) with those of SLURM.
 # Arguments go to pytest: bash tests/run.sh -k grid;  bash tests/run.sh -m slow;  bash tests/run.sh -m slurm
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
@@ -20,11 +20,14 @@ step "ruff check" python -m ruff check .
 step "ruff format" python -m ruff format --check .
 step "import floors" lint-imports --no-logo
 step "mypy" python -m mypy
-# Two files at a time: most of a test's time is the start of ranks, which one core does. A file stays in one process, whose
-# fixtures it shares.
-step "pytest" python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"
-# The shipped batch files under a real SLURM: installed where that is possible, else skipped with the reason.
-[ $# -gt 0 ] || step "slurm" python -m pytest -q -rs --durations=10 -m 'slurm and not slow' tests/slurm
+# Several files at a time; each stays in one process, whose fixtures it shares.
+run=(python -m pytest -q -rs --durations=10 --dist loadfile --no-loadscope-reorder)
+if [ $# -gt 0 ]; then
+    step "pytest" "${run[@]}" -n 2 "$@"
+else
+    # With the shipped batch files under a real SLURM: installed where that is possible, else skipped with the reason.
+    step "pytest" "${run[@]}" -n 3 -m 'not slow and not gpu and not vllm'
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     echo "FAILED: $(IFS=,; echo "${failed[*]}")"

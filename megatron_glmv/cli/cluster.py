@@ -49,8 +49,8 @@ def _add_preflight_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _preflight(arguments: argparse.Namespace) -> int:
-    command = importlib.import_module("megatron_glmv.parallel.preflight_command")
-    limits = importlib.import_module("megatron_glmv.parallel.preflight_report").Limits(
+    command = importlib.import_module("megatron_glmv.nodes.preflight_command")
+    limits = importlib.import_module("megatron_glmv.nodes.preflight_report").Limits(
         arguments.slow, arguments.clock_s, arguments.memory_gb, arguments.disk_gb
     )
     ranks = arguments.ranks_per_node
@@ -79,5 +79,5 @@ def _preflight(arguments: argparse.Namespace) -> int:
 
 
 def _errors(arguments: argparse.Namespace) -> int:
-    print(importlib.import_module("megatron_glmv.parallel.rank_logs").summarize(arguments.folder))
+    print(importlib.import_module("megatron_glmv.nodes.rank_logs").summarize(arguments.folder))
     return OK

@@ -127,7 +127,7 @@ def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConf
     config.data_parallel(ranks)
     if world is None and (ranks > 1 or arguments.restarts):
         # Ends with the exit code of the first rank that failed.
-        launch = importlib.import_module("megatron_glmv.parallel.launch")
+        launch = importlib.import_module("megatron_glmv.nodes.launch")
         return launch.start_ranks(ranks, words, config.run_folder, arguments.restarts)
     importlib.import_module("megatron_glmv.run_folder.launch").end_with_launcher()
     with importlib.import_module("megatron_glmv.run_folder.stop_signals").listening():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from megatron_glmv.rl.reference import Reference
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rollout import Roller
 from megatron_glmv.rl.sampling import sampling_in_ids
-from megatron_glmv.rl.trainer import STATE_FILE, RlRun, held_out_keys, load_state_dict, train
+from megatron_glmv.rl.trainer import RlRun, held_out_keys, train
 from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, find
 from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.assemble import assemble, assemble_model
@@ -38,11 +39,14 @@ from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import Recorder
+from megatron_glmv.training.recorder import Recorder, record_save
+from megatron_glmv.training.saves import Saves
 from megatron_glmv.training.start import begin_run, first_state, load_start
 from megatron_glmv.training.stragglers import Stragglers
 
 PICTURE = "curves.png"
+STATE_FILE = "rl.json"
+"""Of a checkpoint: curriculum and expansion."""
 
 
 def run(config: RlConfig) -> int:
@@ -121,10 +125,11 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
         begin_run(job, config, models, checkpointer, state)
         if recorder is not None:
             recorder.note(files.describe())
+        report = functools.partial(record_save, recorder, kind="rl") if recorder is not None else None
         yield RlRun(
             config,
             assembly,
-            checkpointer,
+            Saves(checkpointer, config.checkpoint, job, report, lambda: {STATE_FILE: _state(curriculum, expansion)}),
             state,
             curriculum,
             expansion,
@@ -172,6 +177,11 @@ def _decode_device(config: RlConfig) -> Literal["cpu", "gpu"]:
     return chosen
 
 
+def _state(curriculum: Curriculum, expansion: Expansion) -> dict[str, Any]:
+    """What a resumed run needs besides counters, weights and optimizer."""
+    return {"curriculum": curriculum.state_dict(), **expansion.state_dict()}
+
+
 def _load_state(folder: Path | None, curriculum: Curriculum, expansion: Expansion) -> None:
     """Continue curriculum and expansion from the checkpoint that the counters came from; None: there is none."""
     if folder is None:
@@ -180,4 +190,5 @@ def _load_state(folder: Path | None, curriculum: Curriculum, expansion: Expansio
         tree = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / STATE_FILE}: cannot be read ({error}); is it a run of `glmv rl`?") from None
-    load_state_dict(curriculum, expansion, tree)
+    curriculum.load_state_dict(tree["curriculum"])
+    expansion.load_state_dict(tree)

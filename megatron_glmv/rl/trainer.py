@@ -30,16 +30,14 @@ from megatron_glmv.rl.rollout_files import rollout_file, write_rollouts
 from megatron_glmv.rl.types import Group, Prompt, Task
 from megatron_glmv.rl.weights import send_weights
 from megatron_glmv.training.assemble import Assembly
-from megatron_glmv.training.checkpoint import Checkpointer
-from megatron_glmv.training.job import Job, end_run
+from megatron_glmv.training.job import Job
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.recorder import Recorder, record_save
-from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.recorder import Recorder
+from megatron_glmv.training.saves import Saves
+from megatron_glmv.training.state import TrainState, is_due
 from megatron_glmv.training.stragglers import Stragglers
 
-STATE_FILE = "rl.json"
-"""Of a checkpoint: curriculum and expansion."""
 _TRAINING, _EVALUATION = 0, 1
 """Kinds of waves, for seeds that differ."""
 
@@ -50,7 +48,7 @@ class RlRun:
 
     config: RlConfig
     assembly: Assembly
-    checkpointer: Checkpointer
+    saves: Saves
     state: TrainState
     curriculum: Curriculum
     expansion: Expansion
@@ -107,16 +105,7 @@ def train(run: RlRun) -> bool:
     Returns:
         Whether the last iteration is done.
     """
-    # Asked while it started: what it goes on from may be on the nodes' own disks alone.
-    stopped = run.state.step < run.config.steps and run.job.stop.is_agreed()
-    if stopped and run.state.step:
-        run.checkpointer.save(run.state, {STATE_FILE: state_dict(run)}, must=True)
-    elif not stopped:
-        stopped = _train(run)
-    run.checkpointer.close()
-    _report_save(run)
-    end_run(run.job, run.state, stopped=stopped)
-    return not stopped
+    return run.saves.run_to_end(run.state, run.config.steps, lambda: _train(run))
 
 
 def _train(run: RlRun) -> bool:
@@ -138,27 +127,14 @@ def _train(run: RlRun) -> bool:
             left_s = (time.perf_counter() - began) / (state.step - first) * (config.steps - state.step)
             run.recorder.write(record, "rl")
             run.recorder.show(describe(record, config.steps, left_s), important=state.step == config.steps)
-        run.job.watchdog.beat(state.step, "checkpoint")
-        run.checkpointer.poll()
+        run.saves.poll(state)
         last = state.step == config.steps
         stopping = run.job.stop.is_agreed() and not last
         # Before the save, so that a run killed between the two evaluates again.
-        if run.eval_roller is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
+        if run.eval_roller is not None and (last or is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
-        if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
-            run.job.watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state, {STATE_FILE: state_dict(run)}, must=last or stopping)
-        elif _is_due(state.step, config.checkpoint.local_every_steps):
-            run.job.watchdog.beat(state.step, "local copy")
-            run.checkpointer.save_local(state, {STATE_FILE: state_dict(run)})
-        _report_save(run)
+        run.saves.after_step(state, last=last or stopping)
     return stopping
-
-
-def _report_save(run: RlRun) -> None:
-    save = run.checkpointer.take_report()
-    if save is not None and run.recorder is not None:
-        record_save(run.recorder, save, "rl")
 
 
 def iterate(run: RlRun) -> dict[str, Any]:
@@ -205,7 +181,7 @@ def iterate(run: RlRun) -> dict[str, Any]:
     )
     if dist.get_rank() == 0:
         _warn(run, record, wave.bad_prompts)
-        if _is_due(state.step, config.rollouts_every_steps):
+        if is_due(state.step, config.rollouts_every_steps):
             listed = [tiers[group.prompt.task.key] for group in wave.groups]
             advantages = group_advantages(wave.groups, config.algorithm)
             path = rollout_file(config.run_folder, state.step)
@@ -253,17 +229,6 @@ def held_out_keys(tasks: Sequence[Task], count: int) -> list[str]:
     return [key for dealt in rounds for key in dealt if key is not None][:count]
 
 
-def state_dict(run: RlRun) -> dict[str, Any]:
-    """What a resumed run needs besides counters, weights and optimizer."""
-    return {"curriculum": run.curriculum.state_dict(), "ratio_ema": run.expansion.ratio_ema}
-
-
-def load_state_dict(curriculum: Curriculum, expansion: Expansion, state: Mapping[str, Any]) -> None:
-    """Continue from `state_dict`."""
-    curriculum.load_state_dict(state["curriculum"])
-    expansion.ratio_ema = float(state["ratio_ema"])
-
-
 def _warn(run: RlRun, record: Mapping[str, Any], bad_prompts: Sequence[str]) -> None:
     """Say what a person should look at."""
     assert run.recorder is not None
@@ -276,7 +241,3 @@ def _warn(run: RlRun, record: Mapping[str, Any], bad_prompts: Sequence[str]) -> 
             f"step {record['step']} | warning: engine and trainer differ by {gap:.2g} nats a token, over engine.gap_alarm "
             f"{alarm:g}: does the engine serve these weights, at this temperature, in this precision?"
         )
-
-
-def _is_due(step: int, every_steps: int) -> bool:
-    return every_steps > 0 and step % every_steps == 0

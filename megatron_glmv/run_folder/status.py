@@ -91,6 +91,10 @@ def _lines(
     if saved is not None:
         cost = saved["checkpoint"]
         yield "save", f"training stood still for {cost['stall_s']:.2f} s of the {cost['seconds']:.2f} s that the last one took"
+    copied = next((record for record in reversed(records) if "local_copy" in record), None)
+    if copied is not None:
+        stall_s = copied["local_copy"]["stall_s"]
+        yield "local copy", f"training stood still for {stall_s:.2f} s for the last one, of step {copied['step']:,}"
     yield from _events(run_folder)
     faults = sum(sum(1 for _ in path.open("rb")) for path in run_folder.glob("bad_samples_*.jsonl"))
     if faults:

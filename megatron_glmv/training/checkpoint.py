@@ -103,6 +103,7 @@ class Checkpointer:
         self._began = 0.0, 0.0
         self._stall_s = 0.0  # that training has stood still for saves so far
         self._done: _Pending | None = None
+        self._reports: list[SaveReport] = []
         self._run = files.describe_run(config, _layout(config))
         self._save_strategy = get_default_save_sharded_strategy()
         replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -150,7 +151,11 @@ class Checkpointer:
             text = f"{error}; training goes on and tries again at the next save (failure {self._failures} of {limit} in a row)"
             self._events.record("unsaved", step, text)
         finally:
-            self._stall_s += time.perf_counter() - started
+            now = time.perf_counter()
+            self._stall_s += now - started
+            done, self._done = self._done, None
+            if done is not None:
+                self._reports.append(SaveReport(done.state.step, self._stall_s - done.stalled_before_s, now - done.began))
 
     def _save(self, state: TrainState, extra: Mapping[str, Any]) -> None:
         folder = folders.folder_of(self._config.run_folder, state.step)
@@ -197,16 +202,19 @@ class Checkpointer:
             state: counters.
             extra: as for `save`; every rank's is written.
         """
-        if self._copies is not None:
-            gather_weights(self._chunks)
-            self._copies.save(state, extra or {})
+        if self._copies is None:
+            return
+        began = time.perf_counter_ns()
+        gather_weights(self._chunks)
+        self._copies.save(state, extra or {})
+        # The next step waits for the slowest disk in any case.
+        stall_s = over_ranks(time.perf_counter_ns() - began, dist.ReduceOp.MAX) / 1e9
+        self._reports.append(SaveReport(state.step, stall_s, stall_s, is_copy=True))
 
-    def take_report(self) -> SaveReport | None:
-        """What the checkpoint cost that has become complete since the last call; None: none has."""
-        done, self._done = self._done, None
-        if done is None:
-            return None
-        return SaveReport(done.state.step, self._stall_s - done.stalled_before_s, time.perf_counter() - done.began)
+    def take_reports(self) -> list[SaveReport]:
+        """What each checkpoint and local copy cost that has become complete since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
 
     def close(self) -> None:
         """Wait for a background save and complete it.

@@ -16,13 +16,14 @@ REMOVING = ".removing"
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What one checkpoint cost."""
+    """What one checkpoint, or one local copy on all ranks, cost."""
 
     step: int
     stall_s: float
-    """Training stood still for it."""
+    """Training stood still for it; for a copy, on the rank that took longest."""
     seconds: float
     """From the beginning of the save until it was complete."""
+    is_copy: bool = False
 
 
 def clean_leftovers(run_folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from megatron_glmv.training.metrics import MetricsWriter, draw_loss
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.planned import plan_run
 from megatron_glmv.training.profiler import Profiler
+from megatron_glmv.training.saves import Saves
 from megatron_glmv.training.start import begin_run, first_state
 from megatron_glmv.training.stragglers import Stragglers
 
@@ -84,6 +85,7 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             config,
             assembly,
             checkpointer,
+            Saves(checkpointer, config.checkpoint, job, metrics.log_save if metrics else None),
             state,
             stream,
             eval_stream,

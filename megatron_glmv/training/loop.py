@@ -11,11 +11,12 @@ from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.guard import Guard
-from megatron_glmv.training.job import Job, end_run
+from megatron_glmv.training.job import Job
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
-from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.saves import Saves
+from megatron_glmv.training.state import TrainState, is_due
 from megatron_glmv.training.step import StepResult, evaluate_step, row_key, train_step
 from megatron_glmv.training.stragglers import Stragglers
 
@@ -27,6 +28,7 @@ class Run:
     config: TrainConfig
     assembly: Assembly
     checkpointer: Checkpointer
+    saves: Saves
     state: TrainState
     stream: RowStream
     eval_stream: RowStream | None
@@ -45,16 +47,7 @@ def train(run: Run) -> bool:
     Returns:
         Whether the last step is done.
     """
-    # Asked while it started: what it goes on from may be on the nodes' own disks alone.
-    stopped = run.state.step < run.config.steps and run.job.stop.is_agreed()
-    if stopped and run.state.step:
-        run.checkpointer.save(run.state, must=True)
-    elif not stopped:
-        stopped = _train(run)
-    run.checkpointer.close()
-    report_save(run)
-    end_run(run.job, run.state, stopped=stopped)
-    return not stopped
+    return run.saves.run_to_end(run.state, run.config.steps, lambda: _train(run))
 
 
 def _train(run: Run) -> bool:
@@ -82,28 +75,14 @@ def _train(run: Run) -> bool:
                 run.metrics.log_ranks(state.step, ranks)
             if observation is not None:
                 run.metrics.log_observation(state.step, observation)
-        watchdog.beat(state.step, "checkpoint")
-        run.checkpointer.poll()
+        run.saves.poll(state)
         last = state.step == config.steps
         stopping = result.agreement.stop and not last
         # Before the save, so that a run killed between the two evaluates again.
-        if run.eval_stream is not None and (last or _is_due(state.step, config.evaluation.every_steps)):
+        if run.eval_stream is not None and (last or is_due(state.step, config.evaluation.every_steps)):
             evaluate(run)
-        if _is_due(state.step, config.checkpoint.every_steps) or last or stopping:
-            watchdog.beat(state.step, "checkpoint")
-            run.checkpointer.save(state, must=last or stopping)
-        elif _is_due(state.step, config.checkpoint.local_every_steps):
-            watchdog.beat(state.step, "local copy")
-            run.checkpointer.save_local(state)
-        report_save(run)
+        run.saves.after_step(state, last=last or stopping)
     return stopping
-
-
-def report_save(run: Run) -> None:
-    """Report a checkpoint that has become complete."""
-    save = run.checkpointer.take_report()
-    if save is not None and run.metrics is not None:
-        run.metrics.log_save(save)
 
 
 def went_back(run: Run, result: StepResult) -> bool:
@@ -196,7 +175,3 @@ def open_stream(config: TrainConfig, *, held_out: bool, first_step: int = 0) -> 
         shuffle=False if held_out else None,
         fault_log=config.run_folder / f"bad_samples_{'eval' if held_out else 'train'}_{groups.data_rank()}.jsonl",
     )
-
-
-def _is_due(step: int, every_steps: int) -> bool:
-    return every_steps > 0 and step % every_steps == 0

@@ -128,7 +128,7 @@ class MetricsWriter:
         self._recorder.write({"step": step, "ranks": ranks}, "train")
 
     def log_save(self, save: SaveReport) -> None:
-        """Report a checkpoint that has become complete."""
+        """Report a checkpoint or a local copy that has become complete."""
         record_save(self._recorder, save, "train")
 
     def go_back(self, step: int) -> None:

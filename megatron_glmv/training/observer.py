@@ -23,6 +23,7 @@ from megatron_glmv.parallel import platform
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.observation import Histogram, Observation
 from megatron_glmv.training.optimizer import PARTS
+from megatron_glmv.training.state import is_due
 
 _OCTAVES = (-32, 8)
 """Histograms have a bin for every power of two between these, for either sign; smaller values count as zero."""
@@ -47,7 +48,7 @@ class Observer:
         Args:
             step: the step that begins, counted from 1.
         """
-        if not self.is_due(step):
+        if not is_due(step, self._every_steps):
             yield
             return
         self._timers = StageTimers()
@@ -57,10 +58,6 @@ class Observer:
             yield
         finally:
             config.timers = None
-
-    def is_due(self, step: int) -> bool:
-        """Whether a step is looked at."""
-        return self._every_steps > 0 and step % self._every_steps == 0
 
     @torch.no_grad()
     def look(self, grad_norm: float) -> Observation | None:

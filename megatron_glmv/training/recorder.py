@@ -92,7 +92,10 @@ class Recorder:
 
 
 def record_save(recorder: Recorder, save: SaveReport, kind: str) -> None:
-    """Record and say what a checkpoint cost that has become complete."""
+    """Record what a checkpoint or a local copy cost that has become complete, and say it of a checkpoint."""
+    if save.is_copy:
+        recorder.write({"step": save.step, "local_copy": {"stall_s": save.stall_s}}, kind)
+        return
     recorder.write({"step": save.step, "checkpoint": {"stall_s": save.stall_s, "seconds": save.seconds}}, kind)
     stall = f"training stood still for {save.stall_s:.2f} of its {save.seconds:.2f} s"
     recorder.note(f"checkpoint of step {save.step} complete; {stall}")

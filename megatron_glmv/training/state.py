@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def is_due(step: int, every_steps: int) -> bool:
+    """Whether what is done every so many steps is due at one of them, counted from 1; every 0 steps is never."""
+    return every_steps > 0 and step % every_steps == 0
+
+
 @dataclass
 class TrainState:
     """Counters of one run; equal on all ranks, saved with every checkpoint, continued by a resumed run."""

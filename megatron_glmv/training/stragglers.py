@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron_glmv.parallel import platform
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.observer import StageTimers
+from megatron_glmv.training.state import is_due
 
 
 class Stragglers:
@@ -45,7 +46,7 @@ class Stragglers:
         Args:
             step: the step that begins, counted from 1.
         """
-        if not self._every_steps or step % self._every_steps:
+        if not is_due(step, self._every_steps):
             yield
             return
         standing = self._config.timers

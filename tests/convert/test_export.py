@@ -29,7 +29,7 @@ from megatron_glmv.run_folder.checkpoint_folder import find, read_manifest
 from tests.convert.checkpoints import change_manifest
 from tests.convert.test_processor import RELEASED, WRITERS
 from tests.model import oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 LAYOUTS = {
     "fp32": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "overlap": False},
@@ -44,7 +44,6 @@ def _save(rank, folder):
     """Save the oracle's weights in every layout of LAYOUTS, with the optimizer that belongs to it."""
     from megatron_glmv.convert.hf_import import from_state_dict
     from megatron_glmv.parallel import groups
-    from megatron_glmv.parallel.groups import parallel_state
     from megatron_glmv.training.assemble import assemble, assemble_model
     from megatron_glmv.training.checkpoint import Checkpointer
     from megatron_glmv.training.state import TrainState
@@ -73,7 +72,7 @@ def _save(rank, folder):
         for step in (9, 20):
             checkpointer.save(TrainState(step=step))
         checkpointer.close()
-        parallel_state.destroy_model_parallel()
+        leave_layout()
 
 
 @pytest.fixture(scope="module")

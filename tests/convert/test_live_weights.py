@@ -12,19 +12,17 @@ from safetensors.torch import save_file
 from megatron_glmv.config.parallel import ParallelConfig, PrecisionConfig, RecomputeConfig
 from megatron_glmv.config.weight_map import MappingError
 from tests.model import oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 SHAPE = oracle.model_shape("digits")
 FP32 = PrecisionConfig(dtype="fp32", layers="torch")
 
 
 def _build(parallel):
-    from megatron.core import parallel_state
-
     from megatron_glmv.model.glm4v import build_model
     from megatron_glmv.parallel import groups
 
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     groups.initialize(parallel, seed=1)
     return build_model(SHAPE, parallel, FP32, RecomputeConfig())
 
@@ -51,8 +49,6 @@ def _difference(weights, chunks, read=None):
 
 
 def _import_and_export_on_four_ranks(rank, folder):
-    from megatron.core import parallel_state
-
     from megatron_glmv.convert.hf_import import from_state_dict, load_hf_weights
     from megatron_glmv.convert.parameters import local_parameters
 
@@ -71,7 +67,6 @@ def _import_and_export_on_four_ranks(rank, folder):
     dealt = _build(ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=2, vision="images"))
     from_state_dict(dealt, weights, SHAPE)
     found["images_dealt"] = _difference(weights, dealt)
-    parallel_state.destroy_model_parallel()
     uneven = _build(ParallelConfig(tensor=2, pipeline=2, first_stage_layers=0))
     load_hf_weights(uneven, folder, SHAPE)
     found["uneven"] = _difference(weights, uneven)

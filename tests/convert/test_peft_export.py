@@ -30,7 +30,7 @@ from megatron_glmv.run_folder.checkpoint_folder import find
 from tests.convert.checkpoints import change_manifest
 from tests.data.processor import write_processor
 from tests.model import adapters, oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 SHAPE = oracle.model_shape("digits")
 CASES = ("text_only", "several_images", "video_before_image")
@@ -58,7 +58,7 @@ def compute_and_save(rank: int, folder: str) -> dict[str, Any]:
         checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer)
         checkpointer.save(TrainState(step=3))
         checkpointer.close()
-        groups.parallel_state.destroy_model_parallel()
+        leave_layout()
     return found
 
 

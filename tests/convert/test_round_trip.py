@@ -27,7 +27,7 @@ from megatron_glmv.convert import compare, hf_export
 from megatron_glmv.convert.command import run_export, run_import, run_verify
 from megatron_glmv.convert.hf_folder import HfWeights
 from tests.convert.hf_folders import write_hf_folder
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {
@@ -40,7 +40,6 @@ LAYOUTS = {
 def _load_and_save(rank: int, folder: Path, sources: dict[str, Path]) -> None:
     """Start a run from each checkpoint's weights, as `checkpoint.start_from` does, and save it."""
     from megatron_glmv.parallel import groups
-    from megatron_glmv.parallel.groups import parallel_state
     from megatron_glmv.training.assemble import assemble, assemble_model
     from megatron_glmv.training.checkpoint import Checkpointer
     from megatron_glmv.training.state import TrainState
@@ -65,7 +64,7 @@ def _load_and_save(rank: int, folder: Path, sources: dict[str, Path]) -> None:
             chunk.zero_grad_buffer()
         checkpointer.save(TrainState(step=world))
         checkpointer.close()
-        parallel_state.destroy_model_parallel()
+        leave_layout()
 
 
 @pytest.fixture(scope="module")

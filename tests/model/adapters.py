@@ -21,6 +21,7 @@ from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import assemble, assemble_model
 from tests.model import oracle
 from tests.model.layouts import Result, forward_and_backward, train_config
+from tests.ranks import leave_layout
 
 EVERYTHING = ("*",)
 SOME = ("language_model.layers.[13].*.q_proj", "v_proj", "visual.blocks.1.mlp.up_proj", "merger.gate_proj", "merger.down_proj")
@@ -74,7 +75,7 @@ def losses_and_gradients(
         config = lora_config(folder, layout, recompute, **lora)
         groups.initialize(config.parallel, seed=1)
         results[name] = _one_layout(config)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return results if rank == 0 else None
 
 
@@ -90,7 +91,7 @@ def cases_and_first_adapters(
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
         first.append(join(gathered, config))
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return losses_and_gradients(rank, folder, cases), first
 
 

@@ -23,6 +23,7 @@ from megatron_glmv.sequence.packed import Document, PackedSequence, pack
 from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
 from megatron_glmv.training.step import _weighted_loss, chunk_inputs, reduce_loss, run_schedule
 from tests.model import oracle
+from tests.ranks import leave_layout
 
 Result = tuple[float, float, dict[str, Tensor]]
 """Mean loss, norm of the gradient, and the whole gradient by name."""
@@ -94,6 +95,7 @@ def losses_and_gradients(
 
 
 def _one_layout(variant: str, config: TrainConfig, all_tokens: bool) -> Result:
+    leave_layout()
     groups.initialize(config.parallel, seed=1)
     shape = config.model.shape
     models = build_model(shape, config.parallel, config.precision, config.recompute)
@@ -105,7 +107,6 @@ def _one_layout(variant: str, config: TrainConfig, all_tokens: bool) -> Result:
     local = {name: parameter.main_grad.clone() for name, parameter in local_parameters(models).items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
-    parallel_state.destroy_model_parallel()
     return loss, norm, _join(gathered, shape)
 
 
@@ -164,6 +165,6 @@ def first_weights(rank: int, folder: str, layouts: Sequence[dict[str, Any]]) -> 
         local = {name: weight.detach().clone() for name, weight in local_parameters(assemble_model(config)).items()}
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         found.append(_join(gathered, config.model.shape))
     return found if rank == 0 else None

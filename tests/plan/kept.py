@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.sequence.packed import PackedSequence
+from tests.ranks import leave_layout
 
 
 class _Kept:
@@ -27,19 +28,16 @@ def keep_all(rank: int, trees: Sequence[dict[str, Any]], rows: Sequence[PackedSe
 
 
 def _keep(config: TrainConfig, rows: Sequence[PackedSequence]) -> list[tuple[int, int]]:
-    from megatron.core import parallel_state
-
     from megatron_glmv.parallel import groups
     from megatron_glmv.training.assemble import assemble, assemble_model
 
+    leave_layout()
     groups.initialize(config.parallel, seed=1)
     assembly = assemble(config, assemble_model(config))
     for chunk in assembly.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    found = [kept_bytes(assembly, row) for row in rows]
-    parallel_state.destroy_model_parallel()
-    return found
+    return [kept_bytes(assembly, row) for row in rows]
 
 
 def kept_bytes(assembly: Any, row: PackedSequence) -> tuple[int, int]:

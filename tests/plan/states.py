@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_glmv.config.training import TrainConfig
+from tests.ranks import leave_layout
 
 
 def weigh_all(
@@ -22,19 +23,18 @@ def weigh_all(
 
 def _buckets(config: TrainConfig, bucket_elements: int) -> list[tuple[int, int]]:
     """Start and end of each bucket of Megatron's buffer of one stage."""
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from megatron_glmv.parallel import groups
     from megatron_glmv.training.assemble import assemble_model
 
+    leave_layout()
     groups.initialize(config.parallel, seed=1)
     (model,) = assemble_model(config)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True, bucket_size=bucket_elements
     )
     (buffer,) = DistributedDataParallel(model.config, options, model).buffers
-    parallel_state.destroy_model_parallel()
     return buffer.bucket_indices
 
 
@@ -45,6 +45,7 @@ def _weigh(config: TrainConfig) -> dict[str, Any]:
     from megatron_glmv.training.assemble import assemble, assemble_model
     from megatron_glmv.training.optimizer import set_learning_rates, step_optimizer
 
+    leave_layout()
     groups.initialize(config.parallel, seed=1)
     assembly = assemble(config, assemble_model(config))
     for chunk in assembly.chunks:
@@ -55,7 +56,7 @@ def _weigh(config: TrainConfig) -> dict[str, Any]:
     buffers = [buffer for chunk in assembly.chunks for buffer in chunk.buffers]
     in_buffers = {p for buffer in buffers for p in buffer.params} if config.parallel.distributed_optimizer else set()
     apart = [p for model in assembly.models for p in model.parameters() if p not in in_buffers]
-    report = {
+    return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "sharer": parallel_state.get_data_parallel_rank(with_context_parallel=True),
         "data": groups.data_size(),
@@ -64,8 +65,6 @@ def _weigh(config: TrainConfig) -> dict[str, Any]:
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": _optimizer_bytes(assembly.optimizer),
     }
-    parallel_state.destroy_model_parallel()
-    return report
 
 
 def _optimizer_bytes(optimizer: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -107,12 +108,13 @@ def whole(folder: Path) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def replicas(folder: Path) -> Path:
-    """Two replicas, two updates an iteration, a KL and an entropy term, overlapped gathering."""
+    """Two replicas, two updates an iteration, a KL and an entropy term, overlapped gathering, a local copy."""
     changes = {
         "parallel": {"timeout_s": 60},
         "steps": 3,
         "optimizer": {"lr": 0.0001, "schedule": "constant"},
         "algorithm": {"updates_per_rollout": 2, "kl_coefficient": 0.1, "entropy_coefficient": 0.001},
+        "checkpoint": {"every_steps": EVERY, "local_folder": str(folder / "copies"), "local_every_steps": 1},
     }
     finish(config_file(folder, "replicas", **changes), 2)
     return folder / "replicas"
@@ -172,6 +174,13 @@ def test_a_reference_holds_the_start_and_moves_away(replicas: Path) -> None:
     assert records[1]["policy"]["ratio_max"] > 1.0
 
 
+def test_what_saves_cost_is_recorded(replicas: Path) -> None:
+    listed = [json.loads(line) for line in (replicas / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for kind, steps in (("local_copy", [1]), ("checkpoint", [EVERY, 3])):
+        stalls = {record["step"]: record[kind]["stall_s"] for record in listed if kind in record}
+        assert list(stalls) == steps and all(stall > 0 for stall in stalls.values())
+
+
 def test_ranks_are_compared_in_some_updates(whole, replicas: Path) -> None:
     for run, steps in ((whole[0], (2, 4)), (replicas, (2,))):
         listed = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -188,24 +197,50 @@ def wait_for_iteration(run: Path, iteration: int, process: subprocess.Popen[str]
         time.sleep(0.02)
 
 
+def wait_for_copies(disk: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Wait until both ranks have their local copies of a step."""
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(disk.glob(f"*/step_{step:08d}/rank_????/meta.json"))) == 2:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"local copies of step {step} were never complete: {process.communicate()[0]}")
+
+
+def kill(launcher: subprocess.Popen[str]) -> str:
+    """Kill the launcher, whose ranks end with it; returns the output."""
+    os.kill(launcher.pid, signal.SIGKILL)
+    return launcher.communicate()[0]
+
+
 def test_a_stopped_and_a_killed_run_continue_exactly(whole, folder: Path) -> None:
-    file = config_file(folder, "killed")
+    """Stopped, and killed twice: one start goes on from the shared checkpoint for want of a local copy, one from the copies."""
+    run, disk = folder / "killed", folder / "disk"
+    keys = {"every_steps": EVERY, "keep": 10, "local_folder": str(disk), "local_every_steps": 1}
+    file = config_file(folder, "killed", checkpoint=keys)
     process = start_stage("rl", file, 2)
-    wait_for_iteration(folder / "killed", 1, process)
-    os.kill(heartbeat_of(folder / "killed", 1).process, signal.SIGUSR1)
+    wait_for_iteration(run, 1, process)
+    os.kill(heartbeat_of(run, 1).process, signal.SIGUSR1)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "stopped on request at step" in output
-    assert heartbeat_of(folder / "killed", 0).failure == "stopped"
-    assert latest(folder / "killed") is not None
+    assert heartbeat_of(run, 0).failure == "stopped"
+    assert latest(run) is not None
 
     process = start_stage("rl", file, 2)
-    wait_for_iteration(folder / "killed", EVERY + 1, process)
-    os.kill(process.pid, signal.SIGKILL)  # the launcher; its ranks end with it
-    process.communicate()
-    killed_at = max(records_of(folder / "killed"))
-    assert EVERY < killed_at < STEPS
-    assert "resuming" in finish(file, 2)
-    assert records_of(folder / "killed") == records_of(whole[0])
-    assert rollouts_of(folder / "killed") == rollouts_of(whole[0])
-    assert evaluations_of(folder / "killed") == evaluations_of(whole[0])
+    wait_for_copies(disk, EVERY + 1, process)
+    kill(process)
+    assert EVERY < max(records_of(run)) < STEPS
+    [copy] = disk.glob(f"*/step_{EVERY + 1:08d}/rank_0001")
+    shutil.rmtree(copy)
+
+    process = start_stage("rl", file, 2)
+    wait_for_copies(disk, EVERY + 1, process)
+    why = f"(not from the local copies: rank 1's of step {EVERY + 1} is not on its node) at step {EVERY}: "
+    assert f"resuming {run}/checkpoints/step_{EVERY:08d} {why}" in kill(process)
+
+    assert f"resuming {copy.with_name('rank_0000')} at step {EVERY + 1}: " in finish(file, 2)
+    assert records_of(run) == records_of(whole[0])
+    assert rollouts_of(run) == rollouts_of(whole[0])
+    assert evaluations_of(run) == evaluations_of(whole[0])
+    assert list(disk.iterdir()) == []

@@ -18,7 +18,7 @@ from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.rl.batch import PolicyRow, PolicySample, build_row
 from megatron_glmv.rl.loss import summarize
 from tests.model import oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 SHAPE = oracle.model_shape("digits")
 ALGORITHM = AlgorithmConfig(clip_low=0.1, clip_high=0.2)
@@ -78,7 +78,6 @@ def gradients(rank: int) -> dict[str, Any]:
     from megatron_glmv.convert.hf_export import gather_hf_tensors
     from megatron_glmv.convert.hf_import import from_state_dict
     from megatron_glmv.parallel import groups
-    from megatron_glmv.parallel.groups import parallel_state
     from megatron_glmv.rl.update import old_logprobs, update_policy
     from megatron_glmv.training.assemble import assemble, assemble_model
 
@@ -113,7 +112,7 @@ def gradients(rank: int) -> dict[str, Any]:
             result = update_policy(assembly, rows, 0, ALGORITHM, 1.0)
             weights = {k: v.clone() for k, v in gather_hf_tensors(assembly.chunks, SHAPE, lambda p: p.main_grad)}
             found[layout, name] = {"gradient": weights, "norm": result.grad_norm, "stats": summarize(result.stats)}
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return found
 
 

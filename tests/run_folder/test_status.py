@@ -113,7 +113,8 @@ def test_a_run_of_reinforcement_learning_is_told_from_its_files(tmp_path: Path, 
 def test_what_befell_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ranks = {"rank": 3, "ratio": 1.5, "compute_s": 2.0, "waiting_rank": 1, "wait_s": 0.25}
     save = {"stall_s": 0.5, "seconds": 4.0}
-    write_run(tmp_path, "steps: 20", [{"step": 8, "ranks": ranks}, {"step": 8, "checkpoint": save}])
+    copy = {"step": 7, "local_copy": {"stall_s": 0.25}}
+    write_run(tmp_path, "steps: 20", [copy, {"step": 8, "ranks": ranks}, {"step": 8, "checkpoint": save}])
     record_event(tmp_path, "start", 0, "starting")
     record_event(
         tmp_path, "fault", 7, "the start before this one ended at step 7: rank 1 on n2 was killed", fault="rank 1 on n2"
@@ -127,6 +128,7 @@ def test_what_befell_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     for part in (
         "rank 3 computes longest, 1.50 x the mean of its stage; rank 1 waits 0.25 s a step for rows",
         "training stood still for 0.50 s of the 4.00 s",
+        "local copy  training stood still for 0.25 s for the last one, of step 7",
         "restarts    1; the last began at step 4, now",
         "faults      1; the last now: the start before this one ended at step 7: rank 1 on n2 was killed",
         "skip        step 6, batch 5: gradients are not finite (now)",

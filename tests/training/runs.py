@@ -46,10 +46,14 @@ def train(file: Path, ranks: int, *overrides: str) -> tuple[int, str]:
     return process.returncode, output
 
 
+def records_of(run: Path) -> list[dict[str, Any]]:
+    """What the run has reported."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def steps_of(run: Path) -> dict[int, tuple[float, float, int]]:
     """Loss, gradient norm and trained tokens of every reported step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {r["step"]: (r["loss"], r["grad_norm"], r["trained_tokens"]) for r in records if "loss" in r}
+    return {r["step"]: (r["loss"], r["grad_norm"], r["trained_tokens"]) for r in records_of(run) if "loss" in r}
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:

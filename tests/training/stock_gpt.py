@@ -20,6 +20,7 @@ from megatron_glmv.config.base import validate
 from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.parallel import groups
 from megatron_glmv.training.optimizer import StepOutcome, build_optimizer, set_learning_rates, step_optimizer
+from tests.ranks import leave_layout
 
 LAYERS, HIDDEN, VOCABULARY, LENGTH, ROWS = 4, 16, 64, 12, 4
 
@@ -58,7 +59,7 @@ def join(config: TrainConfig, seed: int) -> None:
         groups.seed_generators(seed)
         return
     if _joined:
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     groups.initialize(own, seed)
     _joined.append(layout)
 

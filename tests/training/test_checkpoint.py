@@ -113,15 +113,15 @@ def asynchronous(run_folder: Path) -> dict[str, Any]:
     weights = trainer.weights()
     losses = [trainer.step(step)[0] for step in (1, 2)]
     checkpointer.poll()
-    report["polled too early"] = checkpointer.take_report()
+    report["polled too early"] = checkpointer.take_reports()
     report["not yet"] = latest(run_folder)
     disk_answers.set()
     time.sleep(0.2)
-    save = None
-    while save is None:
+    saves: list[Any] = []
+    while not saves:
         checkpointer.poll()
-        save = checkpointer.take_report()
-    report["save"] = save
+        saves = checkpointer.take_reports()
+    [report["save"]] = saves
     report["polled"] = list(complete_folders(run_folder))
     trainer, checkpointer = opened(run_folder, SAVED, seed=99, **changes)
     checkpointer.load_latest()

@@ -13,7 +13,7 @@ import pytest
 from torch import Tensor
 
 from tests.model import oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2, "first_stage_layers": 1, "vision": "images"}
 OTHERS: dict[str, dict[str, Any]] = {
@@ -32,8 +32,6 @@ STEPS = 3
 
 def losses_by_layout(rank: int, architecture: str, root: str) -> dict[str, dict[str, list[float]]]:
     """For each kind: losses of an unbroken run after its save, and of runs that resumed from it in other layouts."""
-    from megatron.core import parallel_state
-
     from megatron_glmv.parallel import groups
 
     report: dict[str, dict[str, list[float]]] = {name: {} for name in KINDS}
@@ -42,7 +40,7 @@ def losses_by_layout(rank: int, architecture: str, root: str) -> dict[str, dict[
         for name, kind in KINDS.items():
             config = config_of(architecture, Path(root) / name, layout, kind)
             report[name][layout_name] = run(config, saves=layout_name == "unbroken")
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return report
 
 

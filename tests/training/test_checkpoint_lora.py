@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.model import adapters, oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 from tests.training.test_checkpoint_glm import STEPS, update
 
 SAVED: dict[str, Any] = {"tensor": 2, "pipeline": 2}
@@ -45,7 +45,7 @@ def train_in_layouts(rank: int, architecture: str) -> Report:
                 report[name]["live"] = live_and_merged(config)
         if layout_name == "tensor 4":
             report["errors"] |= refused(architecture, layout)
-        groups.parallel_state.destroy_model_parallel()
+        leave_layout()
     return report
 
 

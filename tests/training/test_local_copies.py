@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.training.runs import (
     events_of,
     heartbeat_of,
     ranks_of,
+    records_of,
     steps_of,
     train,
     wait_for_listening_ranks,
@@ -32,6 +34,7 @@ from tests.training.runs import (
 )
 
 LAYOUTS = {"tensor 2 x pipeline 2": {"tensor": 2, "pipeline": 2}, "data 4": {}}
+DELAY_S = 0.5
 KINDS = ((True, "fp32"), (True, "bf16"), (False, "bf16"))
 """Distributed optimizer, precision."""
 SHARED, LOCAL = TrainState(step=1), TrainState(step=2, consumed_rows=8, left_out=(5,), losses=(3.0,))
@@ -121,12 +124,14 @@ def passed_over(run: Path, layout: dict[str, int], spoil: Callable[[Path], None]
 
 
 def older(run: Path) -> dict[str, Any]:
-    """Two copies stay; one rank was killed in its save of the newest, so that all take the one before."""
+    """Two copies stay; one rank was slow, and then killed, in its save of the newest, so that all take the one before."""
     trainer, checkpointer = begun(run, {})
     for step in (2, 3):
         trainer.step(step)
+        if step == 3 and torch.distributed.get_rank() == 1:
+            save_slowly(checkpointer._copies)
         checkpointer.save_local(TrainState(step=step + 1))
-    kept = copies_of(checkpointer)
+    kept, saves = copies_of(checkpointer), checkpointer.take_reports()
     if torch.distributed.get_rank() == 1:
         folder = checkpointer._copies._folder(4)
         folder.rename(folder.with_name(folder.name + ".partial"))
@@ -137,7 +142,18 @@ def older(run: Path) -> dict[str, Any]:
     checkpointer.save(TrainState(step=5))
     _, checkpointer = opened(run, {}, seed=99)
     later = checkpointer.load_latest(), checkpointer.describe_origin()
-    return {"kept": kept, "state": state, "left": left, "later": later}
+    return {"kept": kept, "saves": saves, "state": state, "left": left, "later": later}
+
+
+def save_slowly(copies: Any) -> None:
+    """Let the disk of this rank take its time."""
+    save = copies.save
+
+    def slow(*args: Any) -> None:
+        time.sleep(DELAY_S)
+        save(*args)
+
+    copies.save = slow
 
 
 def full_disk(run: Path) -> dict[str, Any]:
@@ -196,6 +212,9 @@ def test_the_newest_copies_that_all_have_are_taken(reports: list[dict[Any, Any]]
     for report in reports:
         found = report["older"]
         assert found["kept"] == [3, 4] and found["state"] == TrainState(step=3) and found["left"] == [3]
+        _, *copies, newest = found["saves"]
+        assert [(save.step, save.is_copy) for save in (*copies, newest)] == [(2, True), (3, True), (4, True)]
+        assert newest.stall_s > DELAY_S and newest.stall_s == reports[0]["older"]["saves"][-1].stall_s, "the slowest rank's"
         state, origin = found["later"]
         assert state == TrainState(step=5) and origin.endswith("checkpoints/step_00000005")
 
@@ -248,5 +267,7 @@ def test_a_run_whose_rank_is_killed_goes_on_from_local_copies(tmp_path: Path) ->
     assert starts[3]["step"] > saved and starts[3]["step"] % 3 == 0
     assert f"resuming {tmp_path}/disk/run-" in starts[3]["text"] in output
     assert steps_of(run) == steps_of(tmp_path / "calm")
+    stalls = {record["step"]: record["local_copy"]["stall_s"] for record in records_of(run) if "local_copy" in record}
+    assert list(stalls)[-3:] == [33, 36, 39] and all(stall > 0 for stall in stalls.values())
     assert list(complete_folders(run)) == [saved, 40]
     assert list((tmp_path / "disk").iterdir()) == []

@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.training import TrainConfig
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 FROZEN: tuple[tuple[str, ...], ...] = ((), ("vision", "merger"), ("text",))
 
@@ -109,12 +109,12 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 def scenario(config: TrainConfig) -> dict[str, Any]:
     """Build, take a step, take two that must be skipped, take another; report what happened on this rank."""
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
     from megatron_glmv.parallel import groups
     from megatron_glmv.training.optimizer import build_optimizer, set_learning_rates, step_optimizer
 
+    leave_layout()
     groups.initialize(config.parallel, seed=5)
     wrapper = build(config)
     optimizer = build_optimizer([wrapper], config)
@@ -147,7 +147,6 @@ def scenario(config: TrainConfig) -> dict[str, Any]:
     backward(wrapper)
     report["last"] = step_optimizer(optimizer)
     report["steps"] = {group.get("step") for group in optimizer.param_groups if group["params"]}
-    parallel_state.destroy_model_parallel()
     return report
 
 

@@ -17,7 +17,7 @@ from megatron_glmv.config.weight_map import entries
 from megatron_glmv.convert.lora import open_weights
 from megatron_glmv.training.state import TrainState
 from tests.model import oracle
-from tests.ranks import run_ranks
+from tests.ranks import leave_layout, run_ranks
 
 SHAPE = oracle.model_shape("digits")
 
@@ -27,7 +27,6 @@ def train_and_read(rank: int, folder: str) -> dict[bool, dict[str, Any]]:
     from megatron_glmv.convert.hf_import import from_state_dict
     from megatron_glmv.data.loader import StepRows
     from megatron_glmv.parallel import groups
-    from megatron_glmv.parallel.groups import parallel_state
     from megatron_glmv.sequence.packed import Document, pack
     from megatron_glmv.training.assemble import assemble, assemble_model
     from megatron_glmv.training.checkpoint import Checkpointer
@@ -62,7 +61,7 @@ def train_and_read(rank: int, folder: str) -> dict[bool, dict[str, Any]]:
         train_step(assembly, batch, 0)
         gather_weights(assembly.chunks)
         found[overlap] = {"loss": loss, "weights": {k: v.clone() for k, v in gather_hf_tensors(assembly.chunks, SHAPE)}}
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return found
 
 

@@ -1,7 +1,7 @@
 """``glmv preflight`` on one node: what it has, and how fast it computes, talks and writes, in a file that outlives it.
 
 Every node leaves NODE.node.json in a shared folder, so a node that is dead or hangs is the one whose file is missing. What
-needs torch runs in processes of its own (:mod:`megatron_glmv.parallel.probe`) and under a deadline: neither a collective that
+needs torch runs in processes of its own (:mod:`megatron_glmv.nodes.probe`) and under a deadline: neither a collective that
 hangs nor a device that does not answer stops the node's report. Nodes are measured with one neighbour, then with the other,
 so that a slow link can be told from a slow peer.
 """
@@ -153,7 +153,7 @@ def _probe(report: NodeReport, folder: Path, nodes: Sequence[str], ranks: int, t
 
 def _run_probes(own: Path, folder: Path, node: str, parts: Sequence[str], ranks: int, deadline: float) -> str:
     """Start a process a rank and wait for all; returns how the first that failed ended."""
-    words = [sys.executable, "-m", "megatron_glmv.parallel.probe", str(own), str(folder), node, str(ranks), *parts]
+    words = [sys.executable, "-m", "megatron_glmv.nodes.probe", str(own), str(folder), node, str(ranks), *parts]
     left = max(deadline - time.monotonic(), 1.0)
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment["GLMV_PROBE_PART_S"] = str(left / 4)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_glmv import cli
-from megatron_glmv.parallel.preflight import NodeReport, neighbours, read_reports
-from megatron_glmv.parallel.preflight_report import Limits, choose, judge
+from megatron_glmv.nodes.preflight import NodeReport, neighbours, read_reports
+from megatron_glmv.nodes.preflight_report import Limits, choose, judge
 from tests.stages import REPOSITORY
 
 LIMITS = Limits()

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_glmv import cli
 from megatron_glmv.config.base import InputError
-from megatron_glmv.parallel.rank_logs import summarize
+from megatron_glmv.nodes.rank_logs import summarize
 
 FAILING = """
 import os, signal, sys, time

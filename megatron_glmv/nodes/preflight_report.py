@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_glmv.config.base import InputError
-from megatron_glmv.parallel.preflight import NodeReport, read_reports
+from megatron_glmv.nodes.preflight import NodeReport, read_reports
 
 
 @dataclass(frozen=True)

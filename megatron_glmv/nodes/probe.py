@@ -1,6 +1,6 @@
 """One measuring process of ``glmv preflight``: matrix products, and all-reduce within the node and with each neighbour.
 
-Started by :mod:`megatron_glmv.parallel.preflight`, once a rank. The result of each part stands in a file at once, so that what
+Started by :mod:`megatron_glmv.nodes.preflight`, once a rank. The result of each part stands in a file at once, so that what
 was measured before a process dies is kept.
 """
 

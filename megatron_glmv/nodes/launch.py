@@ -43,9 +43,9 @@ def start_ranks(num_ranks: int, arguments: Sequence[str], run_folder: Path, max_
     _pass_on_requests(run_folder)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    # A store of its own for every start: torch 2.13 gives a restarted group the agent's store with the addresses of the dead
-    # ranks in it (distributed/elastic/rendezvous/dynamic_rendezvous.py), and connecting to them fails.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # The ranks meet at this process's store, which listens already: the port of one that rank 0 opens seconds later may be gone
+    # by then. Each start has its own part of it (`groups.initialize`).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

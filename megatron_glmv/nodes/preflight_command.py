@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_glmv.parallel.preflight import measure, node_name
-from megatron_glmv.parallel.preflight_report import Limits, report
+from megatron_glmv.nodes.preflight import measure, node_name
+from megatron_glmv.nodes.preflight_report import Limits, report
 
 
 def run_measure(folder: Path, among: Sequence[str], ranks: int | None, timeout_s: float, limits: Limits) -> int:
