@@ -194,7 +194,7 @@ def plan(settings: Settings, shape: ModelShape) -> Plan:
     activations += 2 * settings.length * text.vocab_size
     state = STATE_BYTES + (FP8_BYTES if settings.recipe != "off" else 0)
     lengths = [len(document.tokens) for document in documents]
-    trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
+    trained = sum(document.num_trained for document in documents)
     return Plan(
         parameters=count.total,
         memory_gb=(state * count.total + 2 * activations) / 1e9,

@@ -85,7 +85,7 @@ def compare(count: int) -> None:
     for kind in ("text", "pictures"):
         for length in (8192, 32_768):
             lengths, patches, squares = draw_lengths(kind, count, length)
-            extra = costs.extra(lengths, patches, squares)
+            extra = costs.extra(lengths, lengths - patches // 4, patches, squares)
             ways: dict[str, Callable[[], list[list[int]]]] = {
                 "first-fit": partial(first_fit, lengths, length),
                 "best-fit": partial(pack_lengths, lengths, length, align=ALIGN),

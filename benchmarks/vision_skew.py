@@ -65,8 +65,8 @@ def row_cost(shape: ModelShape, row: Row) -> float:
     model = cost_model(shape)
     tokens = np.array(row.documents)
     patches = np.array(row.patches or [0])
-    return float(tokens.sum() + model.extra([int(n) for n in tokens], [0] * len(tokens), [0] * len(tokens)).sum()
-                 + model.patch * patches.sum() + model.patch_pair * (patches**2).sum())  # fmt: skip
+    squares = [int((counts**2).sum()) for counts in (tokens, patches)]
+    return model.row(int(tokens.sum()), int(tokens.sum()), int(tokens.sum()), squares[0], int(patches.sum()), squares[1])
 
 
 def compare_replicas(shape: ModelShape, rows: list[list[Row]]) -> None:

@@ -116,6 +116,7 @@ class MeasuredChunk:
 
     Attributes:
         lengths: [n] tokens of each sample.
+        trained: [n] those of them that are trained.
         patches: [n] patches of all its frames.
         squared_patches: [n] sum over its frames of the square of the frame's patches.
         digests: [n, 2] of its key, and of its key and contents.
@@ -123,7 +124,7 @@ class MeasuredChunk:
 
     def __init__(self, folder: Path, number: int) -> None:
         with np.load(chunk_path(folder, number, SUFFIX)) as arrays:
-            self.lengths, self.patches = arrays["lengths"], arrays["patches"]
+            self.lengths, self.trained, self.patches = arrays["lengths"], arrays["trained"], arrays["patches"]
             self.squared_patches, self.digests = arrays["squared_patches"], arrays["digests"]
             self._ends = arrays["ends"]
         self._starts = np.cumsum(self.lengths) - self.lengths
@@ -196,6 +197,7 @@ def _save(folder: Path, number: int, measured: Sequence[Measured]) -> None:
     np.savez(
         chunk_path(folder, number, SUFFIX),
         lengths=np.array([len(document.tokens) for document in documents], dtype=np.int64),
+        trained=np.array([document.num_trained for document in documents], dtype=np.int64),
         patches=np.array([sum(own) for own in patches], dtype=np.int64),
         squared_patches=np.array([sum(count * count for count in own) for own in patches], dtype=np.int64),
         digests=np.array([_digest(sample) for sample in measured], dtype=np.uint64).reshape(-1, 2),

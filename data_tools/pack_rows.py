@@ -227,10 +227,11 @@ def plan_rows(
         is_last = place == len(numbers) - 1
         if not pool or (len(pool) < WINDOW and not is_last):
             continue
-        lengths, patches, squares = (
-            np.array([getattr(held, name)[index] for held, index in pool]) for name in ("lengths", "patches", "squared_patches")
+        lengths, trained, patches, squares = (
+            np.array([getattr(held, name)[index] for held, index in pool])
+            for name in ("lengths", "trained", "patches", "squared_patches")
         )
-        extra = costs.extra(lengths, patches, squares)
+        extra = costs.extra(lengths, trained, patches, squares)
         rows = pack_lengths(
             lengths, settings.length, align=settings.align, patches=patches, max_patches=settings.max_patches, extra=extra,
             seed=settings.seed,

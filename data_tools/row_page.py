@@ -93,7 +93,7 @@ class RowPage:
     def _section(self, number: int, row: StoredRow, findings: Sequence[Finding]) -> str:
         tokens = sum(len(document.tokens) for document in row.documents)
         patches = sum(rows * columns for document in row.documents for rows, columns in document.frames)
-        trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in row.documents)
+        trained = sum(document.num_trained for document in row.documents)
         budgets = _budget("tokens", tokens, self.index.length) + _budget(
             "patches" if self.has_budget else "patches, most", patches, self.max_patches
         )
@@ -119,7 +119,7 @@ class RowPage:
                 thumbnails += draw_thumbnails(media, data)
         kinds = [media.kind for media in row.media[place]]
         shown = ", ".join(f"{kinds.count(kind)} {kind}{'s' * (kinds.count(kind) > 1)}" for kind in dict.fromkeys(kinds))
-        trained = np.count_nonzero(document.loss_weights[1:]) / max(1, len(document.tokens))
+        trained = document.num_trained / max(1, len(document.tokens))
         self._documents.append(self._encode(document))
         is_open = self._shown < OPEN_TOKENS or bool(findings)
         self._shown += len(document.tokens) - sum(end - start for start, end in visual_runs(document, self.index.tokens.image))

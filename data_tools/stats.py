@@ -96,7 +96,8 @@ def count_rows(folder: Path, num_read: int, model: str = "glm-4.1v-9b") -> Count
         extra = 0.0
         for document, media in zip(row.documents, row.media, strict=True):
             own = [rows * columns for rows, columns in document.frames]
-            extra += float(costs.extra([len(document.tokens)], [sum(own)], [sum(count * count for count in own)])[0])
+            squares = sum(count * count for count in own)
+            extra += float(costs.extra([len(document.tokens)], [document.num_trained], [sum(own)], [squares])[0])
             lengths.append(len(document.tokens))
             modalities[_modality([item.kind for item in media])] += 1
         row_costs.append(index.length + extra)

@@ -184,7 +184,8 @@ def _row_costs(readers: Sequence[ShardReader], model: CostModel, length: int) ->
 
     def cost(draw: Draw) -> float:
         row = readers[draw.source].measures(draw.row)
-        return model.row(length, row["tokens"], row["squared_tokens"], row["patches"], row["squared_patches"])
+        names = ("tokens", "trained", "squared_tokens", "patches", "squared_patches")
+        return model.row(length, *(row[name] for name in names))
 
     return cost
 

@@ -205,7 +205,7 @@ def _measure(documents: Sequence[Document]) -> tuple[int, int, int, int, int]:
     """What rows.npy holds of a row's contents, in the order of its columns."""
     lengths = [len(document.tokens) for document in documents]
     frames = [rows * columns for document in documents for rows, columns in document.frames]
-    trained = sum(int(np.count_nonzero(document.loss_weights[1:])) for document in documents)
+    trained = sum(document.num_trained for document in documents)
     return sum(lengths), sum(frames), trained, sum(n**2 for n in lengths), sum(n**2 for n in frames)
 
 

@@ -124,7 +124,7 @@ def row_flops(shape: ModelShape, row: PackedSequence, freeze: Collection[Part] =
     """Operations of training on one packed row, on the tokens whose loss has a weight; its padding does not count."""
     lengths = [end - start for _, start, end in row.documents]
     frames = [(int(rows), int(columns)) for rows, columns in row.frames.tolist()]
-    return training_flops(shape, lengths, frames, freeze, lora, int((row.loss_weights > 0).sum()))
+    return training_flops(shape, lengths, frames, freeze, lora, row.num_trained)
 
 
 class _Walk:

@@ -1,12 +1,12 @@
 """What a document costs in training beyond its tokens, so that rows can be packed to cost alike.
 
-Rows of equal length cost the same in the decoder's matrices, padding included; all tokens count as trained here, though those
-that are not cost nothing behind the last attention (on the 9B 9 % less). What differs is attention, which grows with the square
-of each document's length, and the vision tower, which grows with patches and with the square of each frame's. A replica waits
-for the slowest of its peers in every step, so these parts should be even over rows.
+Rows of equal length cost the same in the decoder's matrices, padding included, up to the last attention. What differs is what
+only trained tokens do behind it (on the 9B a tenth more), attention, which grows with the square of each document's length, and
+the vision tower, which grows with patches and with the square of each frame's. A replica waits for the slowest of its peers in
+every step, so these parts should be even over rows.
 
-Costs are in tokens: the work that the decoder's matrices do for one token is 1. Forward and backward passes keep the ratios,
-but for the patch embedding, whose input needs no gradient.
+Costs are in tokens: the work that the decoder's matrices do for a token that is not trained is 1. Forward and backward passes
+keep the ratios, but for the patch embedding, whose input needs no gradient.
 
 Source: the modules of transformers 5.23.0, models/glm4v/modeling_glm4v.py.
 """
@@ -27,20 +27,25 @@ class CostModel:
     """Costs of the parts of a document, in tokens.
 
     Attributes:
+        trained: of a trained token behind the last attention: the last MLP and the head.
         pair: of one pair of tokens in the decoder's causal attention.
         patch: of one patch in the vision tower and the merger.
         patch_pair: of one pair of patches of a frame in the vision tower's attention.
     """
 
+    trained: float
     pair: float
     patch: float
     patch_pair: float
 
-    def extra(self, lengths: npt.ArrayLike, patches: npt.ArrayLike, squared_patches: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def extra(
+        self, lengths: npt.ArrayLike, trained: npt.ArrayLike, patches: npt.ArrayLike, squared_patches: npt.ArrayLike
+    ) -> npt.NDArray[np.float64]:
         """What documents cost beyond one for each token.
 
         Args:
             lengths: [n] tokens of each document.
+            trained: [n] trained tokens of each.
             patches: [n] patches of all its frames.
             squared_patches: [n] sum over its frames of the square of the frame's patches.
 
@@ -48,28 +53,31 @@ class CostModel:
             [n], in tokens.
         """
         tokens = np.asarray(lengths, dtype=np.float64)
+        behind = self.trained * np.asarray(trained, np.float64)
         visual = self.patch * np.asarray(patches, np.float64) + self.patch_pair * np.asarray(squared_patches, np.float64)
-        return self.pair * tokens * (tokens + 1) / 2 + visual
+        return behind + self.pair * tokens * (tokens + 1) / 2 + visual
 
-    def row(self, length: int, tokens: int, squared_tokens: int, patches: int, squared_patches: int) -> float:
+    def row(self, length: int, tokens: int, trained: int, squared_tokens: int, patches: int, squared_patches: int) -> float:
         """What a row costs, in tokens: its length, padding included, and what it has beyond.
 
         Args:
             length: of the row.
             tokens: of its documents together.
+            trained: those of them that are trained.
             squared_tokens: sum over its documents of the square of their tokens.
             patches: of its frames together.
             squared_patches: sum over its frames of the square of their patches.
         """
-        return length + self.pair * (squared_tokens + tokens) / 2 + self.patch * patches + self.patch_pair * squared_patches
+        attention = self.pair * (squared_tokens + tokens) / 2
+        return length + self.trained * trained + attention + self.patch * patches + self.patch_pair * squared_patches
 
 
 def cost_model(shape: ModelShape) -> CostModel:
     """The costs for a model of this shape."""
-    token = _token(shape.text)
+    token, trained = _token(shape.text)
     pair = 2 * shape.text.num_heads * shape.text.head_dim * shape.text.num_layers
     patch_pair = 2 * shape.vision.hidden_size * shape.vision.num_layers
-    return CostModel(pair / token, _patch(shape.vision) / token, patch_pair / token)
+    return CostModel(trained / token, pair / token, _patch(shape.vision) / token, patch_pair / token)
 
 
 def deal_frames(vision: VisionShape, patches: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -99,12 +107,12 @@ def frame_costs(vision: VisionShape, patches: Sequence[int]) -> list[float]:
     return [_patch(vision) * count + pair * count**2 for count in patches]
 
 
-def _token(text: TextShape) -> float:
-    """Multiply-adds of one token in the decoder's matrices and the head."""
+def _token(text: TextShape) -> tuple[float, float]:
+    """Multiply-adds of one token in the decoder's matrices up to the last attention, and of a trained one behind it."""
     width = text.hidden_size
     query, key_value = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-    layer = width * (query + 2 * key_value) + query * width + 3 * width * text.ffn_hidden_size
-    return layer * text.num_layers + width * text.vocab_size
+    attention, mlp = width * (query + 2 * key_value) + query * width, 3 * width * text.ffn_hidden_size
+    return attention * text.num_layers + mlp * (text.num_layers - 1), mlp + width * text.vocab_size
 
 
 def _patch(vision: VisionShape) -> float:

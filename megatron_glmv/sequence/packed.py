@@ -37,6 +37,11 @@ class Document:
     frames: tuple[tuple[int, int], ...] = ()
     key: str = ""
 
+    @property
+    def num_trained(self) -> int:
+        """Tokens whose prediction has a weight; nothing is before the first."""
+        return int(np.count_nonzero(self.loss_weights[1:]))
+
 
 @dataclass(frozen=True)
 class PackedSequence:
@@ -75,6 +80,11 @@ class PackedSequence:
     def num_patches(self) -> int:
         """Patches of all frames."""
         return int((self.frames[:, 0] * self.frames[:, 1]).sum()) if len(self.frames) else 0
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that have a label with a weight."""
+        return int(torch.count_nonzero(self.loss_weights))
 
 
 def pack(

@@ -18,7 +18,7 @@ def replica_cost(rows: Sequence[PackedSequence], shape: ModelShape) -> float:
     for row in rows:
         lengths, patches = [end - start for _, start, end in row.documents], _patches(row)
         squares = sum(length**2 for length in lengths), sum(size**2 for size in patches)
-        total += model.row(len(row.tokens), sum(lengths), squares[0], sum(patches), squares[1])
+        total += model.row(len(row.tokens), sum(lengths), row.num_trained, squares[0], sum(patches), squares[1])
     return total
 
 

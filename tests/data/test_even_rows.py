@@ -26,14 +26,17 @@ def draw(count: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def test_costs_are_those_that_training_counts() -> None:
-    """The same count as `plan/flops.py`, in units of one token's matrices."""
+    """The same count as `plan/flops.py`, in units of the matrices of a token that is not trained."""
     model = cost_model(SHAPE)
-    alone = forward_flops(SHAPE, [1], [])
-    token = alone.text_linear + alone.head
+    token = forward_flops(SHAPE, [1], [], trained=0).text_linear
     frames = [(26, 34), (26, 34), (100, 60)]
     patches = np.array([rows * columns for rows, columns in frames])
-    counted = forward_flops(SHAPE, [5000], frames).total / token - 5000
-    assert model.extra([5000], [patches.sum()], [(patches**2).sum()])[0] == pytest.approx(counted, rel=1e-12)
+    for trained in (0, 1200, 5000):
+        counted = forward_flops(SHAPE, [5000], frames, trained).total / token
+        extra = model.extra([5000], [trained], [patches.sum()], [(patches**2).sum()])[0]
+        assert extra == pytest.approx(counted - 5000, rel=1e-12)
+        row = model.row(8192, 5000, trained, 5000**2, int(patches.sum()), int((patches**2).sum()))
+        assert row == pytest.approx(counted + 8192 - 5000, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -57,7 +60,7 @@ def test_every_sample_is_in_one_row_within_both_budgets(seed: int) -> None:
 def test_rows_cost_alike_and_are_as_full(length: int, spread: float, of_best_fit: float) -> None:
     """Measured 0.104 and 0.0097 against 0.161 and 0.115; in short rows single samples cost more than the mean row."""
     lengths, patches, squares = draw(20_000, length)
-    extra = cost_model(SHAPE).extra(lengths, patches, squares)
+    extra = cost_model(SHAPE).extra(lengths, lengths - patches // 4, patches, squares)
     found = {}
     for name, options in {"best fit": {}, "even": {"extra": extra}}.items():
         rows = pack_lengths(lengths, length, align=8, **options)
@@ -71,7 +74,7 @@ def test_rows_cost_alike_and_are_as_full(length: int, spread: float, of_best_fit
 
 def test_a_limit_on_patches_holds_with_costs() -> None:
     lengths, patches, squares = draw(5000, 8192)
-    extra = cost_model(SHAPE).extra(lengths, patches, squares)
+    extra = cost_model(SHAPE).extra(lengths, lengths - patches // 4, patches, squares)
     budget = 26_000
     rows = pack_lengths(lengths, 8192, align=8, patches=patches, max_patches=budget, extra=extra)
     assert max(patches[row].sum() for row in rows) <= budget
