@@ -1,10 +1,11 @@
 """How far `glmv plan` is from what runs: bytes kept for the backward pass, and ratios of step times, on two CPU ranks.
 
-    python benchmarks/plan.py [--rounds 3] [--rows 8]
+    python benchmarks/plan.py [--rounds 5] [--rows 4]
 
 The planner gets this machine as hardware: products, attention, memory and messages are timed first, one thread a rank, and all
 efficiencies are 1. Then steps of a small model are timed in several layouts, densities of pictures and recomputations, and
-compared as ratios to the first line, for what a CPU does in a second says nothing of a GPU. Bytes are compared as they are.
+compared as ratios to the first line, for what a CPU does in a second says nothing of a GPU. A round goes through all of them,
+and ratios are medians over rounds: a machine that slows down slows all lines. Bytes are compared as they are.
 State (weights, gradients, optimizer) is exact and not in the table: tests/plan/test_weights.py holds it to every byte.
 """
 
@@ -13,13 +14,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from sides import free_port
 
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.model import PRESETS, ModelShape
@@ -46,7 +47,10 @@ from megatron_glmv.training.step import chunk_inputs, run_schedule
 LENGTH, SIDE = 512, 8
 DOCUMENTS = (112, 120, 136, 144)
 """Tokens of the documents of every row."""
-CASES: tuple[tuple[str, int, float, dict[str, Any]], ...] = (
+STEPS = 2
+"""Timed steps of a case in a round, after one that is not."""
+Case = tuple[str, int, float, dict[str, Any]]
+CASES: tuple[Case, ...] = (
     ("data 2", 8, 1.0, {}),
     ("data 2, text only", 0, 1.0, {}),
     ("data 2, three times the pictures", 24, 1.0, {}),
@@ -62,16 +66,14 @@ CASES: tuple[tuple[str, int, float, dict[str, Any]], ...] = (
 """Name, pictures of a row, trained share of its tokens, changes of the configuration."""
 
 
-def architecture(folder: Path) -> ModelShape:
-    """A model whose products are large enough to count: both towers of the quickstart's, wider and deeper."""
+def write_architecture(folder: Path) -> None:
+    """A model whose products are large enough to count, written: both towers of the quickstart's, wider and deeper."""
     tree = json.loads((PRESETS / "digits.json").read_text(encoding="utf-8"))
     tree["text_config"] |= {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
                             "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
     tree["text_config"]["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [4, 6, 6]}
     tree["vision_config"] |= {"hidden_size": 256, "depth": 6, "num_heads": 4, "out_hidden_size": 512, "intermediate_size": 1024}
-    if int(os.environ.get("RANK", "0")) == 0:
-        (folder / "config.json").write_text(json.dumps(tree))
-    return ModelShape.from_hf(tree, "benchmark")
+    (folder / "config.json").write_text(json.dumps(tree))
 
 
 def make_row(shape: ModelShape, pictures: int, share: float, seed: int) -> PackedSequence:
@@ -139,8 +141,8 @@ class _Kept:
         self.tensor = tensor
 
 
-def run_case(config: TrainConfig, rows: list[PackedSequence], rounds: int) -> tuple[float, float, int]:
-    """Median seconds of a step, the busiest rank's computing seconds in it, and bytes that a row keeps."""
+def run_case(config: TrainConfig, rows: list[PackedSequence]) -> tuple[float, float, int]:
+    """Seconds of a step, the busiest rank's computing seconds in it, and bytes that a row keeps."""
     groups.initialize(config.parallel, seed=1)
     assembly = assemble(config, assemble_model(config))
     share = len(rows) // groups.data_size()
@@ -148,18 +150,18 @@ def run_case(config: TrainConfig, rows: list[PackedSequence], rounds: int) -> tu
     for chunk in assembly.chunks:
         chunk.train()
     kept = _kept_by_a_row(assembly, own[0]) if config.parallel.pipeline == 1 else 0
-    seconds, computing = [], []
-    for _ in range(rounds):
+    _step(assembly, own)
+    seconds = computing = 0.0
+    for _ in range(STEPS):
         dist.barrier()
         started, began = time.perf_counter(), time.process_time()
         _step(assembly, own)
-        computing.append(time.process_time() - began)
+        computing += (time.process_time() - began) / STEPS
         dist.barrier()
-        seconds.append(time.perf_counter() - started)
-    busiest = torch.tensor(statistics.median(computing))
+        seconds += (time.perf_counter() - started) / STEPS
+    busiest = torch.tensor(computing)
     dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
-    parallel_state.destroy_model_parallel()
-    return statistics.median(seconds), float(busiest), kept
+    return seconds, float(busiest), kept
 
 
 def _step(assembly: Assembly, rows: list[PackedSequence]) -> None:
@@ -207,58 +209,88 @@ def predict(config: TrainConfig, hardware: Hardware, pictures: int, trained: int
     return plan.step_s, max(plan.timeline.busy) + plan.optimizer_s, kept
 
 
-def work(num_rows: int, rounds: int, folder: Path) -> None:
-    """One rank's part; rank 0 prints the tables."""
+def run_round(num_rows: int, folder: Path) -> dict[str, Any]:
+    """What two ranks find of this machine and of every case, each in processes of their own: every model leaves them slower."""
+    write_architecture(folder)
+    hardware = in_ranks(_measure, num_rows, folder)
+    found = [in_ranks(_work, case, num_rows, hardware, folder) for case in CASES]
+    return {"hardware": hardware, "measured": [measured for measured, _ in found], "planned": [planned for _, planned in found]}
+
+
+def in_ranks(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What `call` returns on the first of two ranks, forked from here.
+
+    Raises:
+        RuntimeError: a rank failed; it has said why on standard error.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    port = free_port()
+    ranks = [context.Process(target=_as_rank, args=(rank, port, sender, call, arguments)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError("a rank failed") from None
+    finally:
+        for rank in ranks:
+            rank.join()
+
+
+def _as_rank(rank: int, port: int, sender: Connection, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
     torch.set_num_threads(1)
-    shape = architecture(folder)
-    base = config_of(folder, num_rows, {})
-    groups.initialize(base.parallel, seed=1)
-    hardware = measure_hardware()
-    parallel_state.destroy_model_parallel()
-    lines, reference = [], None
-    for name, pictures, share, changes in CASES:
-        config = config_of(folder, num_rows, changes)
-        rows = [make_row(shape, pictures, share, seed) for seed in range(num_rows)]
-        trained = int((rows[0].loss_weights > 0).sum())
-        measured, predicted = run_case(config, rows, rounds), predict(config, hardware, pictures, trained)
-        reference = reference or (measured, predicted)
-        lines.append(_line(name, measured, predicted, reference))
-    if dist.get_rank() == 0:
-        rates = f"{hardware.fp32_tflops * 1e3:.0f} GFLOPS, attention {hardware.attention_efficiency:.2f} of it"
-        print(f"one rank: {rates}, memory {hardware.memory_gbs:.1f} GB/s, messages {hardware.link_gbs:.2f} GB/s\n")
-        print("| case | MB a row keeps | planned | computing of the busiest rank | planned | seconds of a step | planned |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        print("\n".join(lines))
+    found = call(*arguments)
     groups.destroy()
+    if not rank:
+        sender.send(found)
 
 
-def _line(name: str, measured: tuple[float, ...], predicted: tuple[float, ...], reference: Any) -> str:
-    (step, computing, kept), (planned_step, planned_busy, planned_kept) = measured, predicted
-    (base_step, base_computing, _), (base_planned, base_busy, _) = reference
-    bytes_shown = f"{kept / 1e6:.1f} | {planned_kept / kept - 1:+.1%}" if kept else "| "
-    busy, planned = computing / base_computing, planned_busy / base_busy
-    ratio, planned_ratio = step / base_step, planned_step / base_planned
-    return (
-        f"| {name} | {bytes_shown} | x {busy:.2f} | x {planned:.2f} ({planned / busy - 1:+.0%}) | x {ratio:.2f} | "
-        f"x {planned_ratio:.2f} ({planned_ratio / ratio - 1:+.0%}) |"
+def _measure(num_rows: int, folder: Path) -> Hardware:
+    groups.initialize(config_of(folder, num_rows, {}).parallel, seed=1)
+    return measure_hardware()
+
+
+def _work(case: Case, num_rows: int, hardware: Hardware, folder: Path) -> tuple[Any, Any]:
+    _, pictures, share, changes = case
+    config = config_of(folder, num_rows, changes)
+    rows = [make_row(config.model.shape, pictures, share, seed) for seed in range(num_rows)]
+    return run_case(config, rows), predict(config, hardware, pictures, rows[0].num_trained)
+
+
+def print_table(rounds: list[dict[str, Any]]) -> None:
+    """Medians over the rounds of the ratios to the first line, and the bytes."""
+    measured, planned = (
+        np.median([np.divide(lines, [*lines[0][:2], 1]) for lines in (found[name] for found in rounds)], axis=0)
+        for name in ("measured", "planned")
     )
+    print("| case | MB a row keeps | planned | computing of the busiest rank | planned | seconds of a step | planned |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for (name, *_), (step, busy, kept), (plan_step, plan_busy, plan_kept) in zip(CASES, measured, planned, strict=True):
+        shown = f"{kept / 1e6:.1f} | {plan_kept / kept - 1:+.1%}" if kept else "| "
+        print(f"| {name} | {shown} | x {busy:.2f} | x {plan_busy:.2f} ({plan_busy / busy - 1:+.0%}) | "
+              f"x {step:.2f} | x {plan_step:.2f} ({plan_step / step - 1:+.0%}) |")  # fmt: skip
 
 
 def main() -> None:
-    """Start the ranks."""
+    """Go through the rounds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8, help="of a step, over both ranks")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=4, help="of a step, over both ranks")
+    parser.add_argument("--rounds", type=int, default=5, help="times through all cases")
     arguments = parser.parse_args()
-    if "RANK" in os.environ:
-        work(arguments.rows, arguments.rounds, arguments.folder)
-        return
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "max_restarts": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        launch = LaunchConfig(1, 1, 2, run_id="plan", **here)
-        elastic_launch(launch, sys.executable)(str(Path(__file__).resolve()), *sys.argv[1:], "--folder", folder)
+    rounds = []
+    for number in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            rounds.append(run_round(arguments.rows, Path(folder)))
+        hardware = rounds[-1]["hardware"]
+        rates = f"{hardware.fp32_tflops * 1e3:.0f} GFLOPS, attention {hardware.attention_efficiency:.2f} of it"
+        rates = f"{rates}, memory {hardware.memory_gbs:.1f} GB/s, messages {hardware.link_gbs:.2f} GB/s"
+        print(f"round {number + 1} of {arguments.rounds}, one rank: {rates}", flush=True)
+    print()
+    print_table(rounds)
 
 
 if __name__ == "__main__":

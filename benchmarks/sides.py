@@ -34,7 +34,7 @@ class Side:
         """
         self.name, self.ranks = name, ranks
         self._processes = []
-        port = _free_port()
+        port = free_port()
         for rank in range(ranks):
             own = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             if ranks > 1:
@@ -97,7 +97,8 @@ def run_by_turns(sides: Sequence[Side], rounds: int, steps: int) -> dict[str, li
     return seconds
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
