@@ -30,7 +30,7 @@ from megatron_glmv.rl.rollout_files import rollout_file, write_rollouts
 from megatron_glmv.rl.types import Group, Prompt, Task
 from megatron_glmv.rl.weights import send_weights
 from megatron_glmv.training.assemble import Assembly
-from megatron_glmv.training.job import Job
+from megatron_glmv.training.job import Job, freeze_setup
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
 from megatron_glmv.training.recorder import Recorder
@@ -105,6 +105,7 @@ def train(run: RlRun) -> bool:
     Returns:
         Whether the last iteration is done.
     """
+    freeze_setup()
     return run.saves.run_to_end(run.state, run.config.steps, lambda: _train(run))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -85,6 +86,16 @@ def run_job(config: StageConfig, work: Callable[[Job], bool]) -> int:
     watchdog.stop(FINISHED if finished else STOPPED)
     groups.destroy()
     return 0
+
+
+def freeze_setup() -> None:
+    """Take everything that stays to the end of the run out of the garbage collector's sight.
+
+    A full collection then takes less than a millisecond instead of 0.2 s. Every rank comes to one in some step, and all others
+    wait for it there: of a thousand ranks a few in every step.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def end_run(job: Job, state: TrainState, *, stopped: bool) -> None:

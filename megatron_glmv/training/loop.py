@@ -11,7 +11,7 @@ from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
 from megatron_glmv.training.guard import Guard
-from megatron_glmv.training.job import Job
+from megatron_glmv.training.job import Job, freeze_setup
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
 from megatron_glmv.training.observer import Observer
 from megatron_glmv.training.profiler import Profiler
@@ -47,6 +47,7 @@ def train(run: Run) -> bool:
     Returns:
         Whether the last step is done.
     """
+    freeze_setup()
     return run.saves.run_to_end(run.state, run.config.steps, lambda: _train(run))
 
 
