@@ -206,7 +206,8 @@ def test_replicas_take_rows_that_cost_alike(sources, open_stream):
     """The costs are counted anew from the rows themselves: operations of the whole row, padding included."""
 
     def operations(row):
-        return forward_flops(SHAPE, row.document_lengths, [tuple(frame) for frame in row.frames.tolist()]).total
+        frames = [tuple(frame) for frame in row.frames.tolist()]
+        return forward_flops(SHAPE, row.document_lengths, frames, row.num_trained).total
 
     def skew(even_ranks):
         streams = [open_stream(sources, global_batch_rows=12, data_rank=rank, data_size=2, even_ranks=even_ranks)

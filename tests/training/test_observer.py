@@ -142,10 +142,10 @@ def test_what_is_left_of_the_skew_is_reported(runs: dict[str, Path]) -> None:
         lengths = [[end - start for _, start, end in row.documents] for row in rows]
         frames = [[(int(high), int(wide)) for high, wide in row.frames.tolist()] for row in rows]
         padding = [len(row.tokens) - sum(length) for row, length in zip(rows, lengths, strict=True)]
-        token = forward_flops(shape, [1], [])
+        token = forward_flops(shape, [1], [], trained=0).text_linear
         costs = [
-            forward_flops(shape, of, shown).total + (token.text_linear + token.head) * pad
-            for of, shown, pad in zip(lengths, frames, padding, strict=True)
+            forward_flops(shape, of, shown, row.num_trained).total + token * pad
+            for row, of, shown, pad in zip(rows, lengths, frames, padding, strict=True)
         ]
         halves = [(costs[0] + costs[other]) * 2 / sum(costs) for other in (1, 2, 3)]
         assert skew["replicas"] == pytest.approx(min(max(half, 2 - half) for half in halves), abs=2e-3)
