@@ -55,8 +55,8 @@ def generator() -> torch.Generator:
 def activate() -> None:
     """Choose this rank's device; call before megatron.core is imported and before any process group exists."""
     # Megatron's and torch's advice to developers, once a rank, buries what a user must read.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\..*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron\.core|torch\.distributed)\..*")
     # What Megatron launches to overlap with a product must start before it: one queue keeps the order. Read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():

@@ -80,6 +80,7 @@ def test_a_killed_run_resumes_bit_for_bit(whole: Path, tmp_path: Path, data: Pat
     code, output = train(file, 2)
     assert code == 0, output
     assert "resuming" in output
+    assert "Warning" not in output  # what Megatron says to developers
     assert steps_of(tmp_path / "run") == steps_of(whole)
 
 
