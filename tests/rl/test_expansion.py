@@ -35,6 +35,15 @@ def test_ratio_is_capped_where_no_group_is_useful():
     assert expansion.num_prompts(128) == 384
 
 
+def test_a_lowered_cap_holds_when_a_run_goes_on():
+    first = Expansion(ExpansionConfig(ema_decay=0.0))
+    first.update([binary(0), binary(8), binary(8), binary(4)])
+    assert first.num_prompts(10) == 40
+    second = Expansion(ExpansionConfig(max_ratio=2.0))
+    second.load_state_dict(first.state_dict())
+    assert second.num_prompts(10) == 20
+
+
 def test_unjudged_groups_do_not_change_the_ratio():
     expansion = Expansion(ExpansionConfig(ema_decay=0.0))
     down = make_group([None] * 8)
