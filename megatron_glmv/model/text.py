@@ -93,4 +93,5 @@ class TextModel(MegatronModule):
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of every token, which may overwrite the logits: [K, 1, V / tensor ranks], [1, K] -> [1, K] float32."""
-        return self.cross_entropy(logits, labels.t().contiguous()).t()
+        # A new view, not a transposition, whose rows would keep the stride K: fused kernels step by it.
+        return self.cross_entropy(logits, labels.reshape(-1, 1)).t()

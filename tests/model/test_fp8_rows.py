@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,5 +110,22 @@ def test_segments_are_what_transformer_engine_takes(context: int) -> None:
     assert (segments.max_seqlen_q, segments.max_seqlen_kv) == (16, 16)
     others = (segments.cu_seqlens_kv, segments.cu_seqlens_q_padded, segments.cu_seqlens_kv_padded)
     assert all(other is segments.cu_seqlens_q for other in others)
-    assert "_grouped" not in vars(segments)
+    assert "grouping" not in vars(segments), "made for the torch spec alone"
     assert [length for _, length in segments.grouping.groups] == [8, 4, 16]
+
+
+def test_labels_are_what_transformer_engine_takes() -> None:
+    """Its cross-entropy steps from one label to the next by the last stride, which a transposition of one row leaves at K."""
+    from megatron_glmv.model.text import TextModel
+
+    taken: list[torch.Tensor] = []
+
+    def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        taken.append(labels)
+        return logits.sum(-1)
+
+    labels = torch.tensor([[3, 1, 4, 1, 5]])
+    losses = TextModel.token_losses(SimpleNamespace(cross_entropy=cross_entropy), torch.zeros(5, 1, 8), labels)
+    assert losses.shape == (1, 5)
+    assert taken[0].stride() == (1, 1)
+    assert taken[0].flatten().tolist() == [3, 1, 4, 1, 5]
