@@ -183,7 +183,8 @@ class PrecisionConfig(Config):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Weights and activations; bf16 keeps fp32 main copies in the optimizer (not in the paper)."""
     layers: Literal["auto", "te", "torch"] = "auto"
-    """Layer spec: te = Transformer Engine, torch = plain torch; auto takes te on CUDA where it is installed."""
+    """Layer spec: te = Transformer Engine, torch = plain torch; auto takes te in bf16 on CUDA where it is installed (its fused
+    attention knows 16-bit formats only)."""
     fp8_text: Recipe = "off"
     """FP8 products in the decoder's layers (te only; not in the paper). delayed scales a tensor by its largest value in earlier
     micro-batches, current by that of now, block every 128 activations and 128 x 128 weights apart. Where the device cannot, the
@@ -194,6 +195,13 @@ class PrecisionConfig(Config):
     """With fp8_text: so many first and last layers of the decoder compute in bf16 (not with delayed)."""
     bf16_ends_vision: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
     """The same for the vision tower."""
+
+    @property
+    def layers_on_gpu(self) -> Literal["te", "torch"]:
+        """The layer spec on a CUDA device with Transformer Engine."""
+        if self.layers == "auto":
+            return "te" if self.dtype == "bf16" else "torch"
+        return self.layers
 
     @property
     def uses_fp8(self) -> bool:

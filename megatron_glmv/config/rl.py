@@ -16,6 +16,8 @@ from megatron_glmv.config.base import Config
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Proportion = Annotated[float, Field(gt=0)]
+ENTROPY_BLOCK = 1024
+"""Tokens whose distribution is whole in memory at a time where their entropy is reported and nothing learned from it."""
 
 
 class SamplingConfig(Config):

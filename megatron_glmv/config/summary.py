@@ -170,7 +170,8 @@ def _data_sizes(config: TrainConfig) -> str:
 
 def _precision(config: StageConfig) -> str:
     precision = config.precision
-    layers = {"auto": "te on CUDA where it is installed, torch elsewhere", "te": "te", "torch": "torch"}[precision.layers]
+    depends = precision.layers == "auto" and precision.layers_on_gpu == "te"
+    layers = "te on CUDA where it is installed, torch elsewhere" if depends else precision.layers_on_gpu
     return f"{precision.dtype}, layers: {layers}, " + ", ".join(
         f"fp8 {tower} {recipe}" + (f" (bf16 in the first {ends[0]} and last {ends[1]} layers)" if any(ends) else "")
         for tower, recipe, ends in (

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = 1024
-"""Tokens whose distribution is whole in memory at a time where nothing is learned from it."""
+from megatron_glmv.config.rl import ENTROPY_BLOCK
 
 
 class _VocabParallelEntropy(torch.autograd.Function):
@@ -48,7 +47,7 @@ def vocab_parallel_entropy(logits: Tensor, group: dist.ProcessGroup, *, learn: b
     if learn:
         return _VocabParallelEntropy.apply(logits, group)
     with torch.no_grad():
-        return torch.cat([_distribution(block, group)[2] for block in logits.split(BLOCK)])
+        return torch.cat([_distribution(block, group)[2] for block in logits.split(ENTROPY_BLOCK)])
 
 
 def _distribution(logits: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

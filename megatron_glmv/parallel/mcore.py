@@ -53,9 +53,9 @@ def layer_kind(precision: PrecisionConfig) -> str:
         ConfigError: Transformer Engine is asked for by name and cannot run here.
     """
     usable_precision(precision, hardware())
-    if precision.layers == "auto":
-        return "te" if HAVE_TE and platform.has_cuda() else "torch"
-    return precision.layers
+    if precision.layers == "auto" and not (HAVE_TE and platform.has_cuda()):
+        return "torch"
+    return precision.layers_on_gpu
 
 
 def fuses_gradients(kind: str) -> bool:

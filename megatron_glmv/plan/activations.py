@@ -2,7 +2,8 @@
 
 The ``torch`` spec is counted tensor by tensor and held to what autograd really keeps (tests/plan/test_activations.py). The
 ``te`` spec keeps less: its norms keep their input and a number a token, its attention keeps query, key, value, output and a
-number a head, its gated product keeps one input. That count is read from Transformer Engine's modules and not measured here.
+number a head, its gated product keeps one input, its cross-entropy the logits' gradient in place of the logits. That count is read
+from Transformer Engine's modules and not measured here.
 
 Behind the decoder's last attention only trained tokens go on, so the last layer keeps less than the others, and the head keeps
 and makes logits of those tokens alone.
@@ -13,7 +14,7 @@ element.
 
 Source: model/{norm,layers,attention,text,vision,projector}.py; sequence/shard.py (`trained_indices`);
 megatron-core 0.16.1, tensor_parallel/{layers,cross_entropy}.py;
-Transformer Engine 2.11, pytorch/module/{layernorm_linear,linear}.py and pytorch/attention.
+Transformer Engine 2.11, pytorch/module/{layernorm_linear,linear}.py, pytorch/attention and pytorch/cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Literal
 
 from megatron_glmv.config.fp8 import trained_multiple
 from megatron_glmv.config.linears import adapted_layers
+from megatron_glmv.config.rl import ENTROPY_BLOCK
+from megatron_glmv.config.rl_stage import RlConfig
 from megatron_glmv.config.training import StageConfig
 
 Kind = Literal["te", "torch"]
@@ -148,8 +151,8 @@ class RowBytes:
 
 
 def layer_spec(config: StageConfig) -> Kind:
-    """The layer spec that the configuration gets on a GPU; auto takes Transformer Engine there."""
-    return "torch" if config.precision.layers == "torch" else "te"
+    """The layer spec that the configuration gets on a GPU with Transformer Engine."""
+    return config.precision.layers_on_gpu
 
 
 def row_bytes(config: StageConfig, patches: float, kind: Kind | None = None, going_on: float | None = None) -> RowBytes:
@@ -310,5 +313,15 @@ def _merger(config: StageConfig, patches: float, kind: Kind) -> float:
 def _head(config: StageConfig, last: Layer) -> tuple[float, float]:
     """Kept by final norm, output layer and loss of what leaves the last layer; and temporary logits."""
     logits = last.behind * config.model.shape.text.vocab_size / config.parallel.tensor
-    kept = last.behind_part * (_norm(last.element, last.width, last.kind) + last.element * last.width) + 4 * logits
-    return kept, 2 * logits if last.element == 2 else 0.0
+    kept = last.behind_part * (_norm(last.element, last.width, last.kind) + last.element * last.width)
+    if last.kind == "te":
+        # Its cross-entropy writes their gradient over them.
+        return kept + last.element * logits, _entropies(config, last.behind)
+    return kept + 4 * logits, 2 * logits if last.element == 2 else 0.0
+
+
+def _entropies(config: StageConfig, tokens: float) -> float:
+    """Temporary distributions of the tokens whose entropy is reported at a time, in three forms."""
+    if not isinstance(config, RlConfig):
+        return 0.0
+    return 3 * 4 * min(tokens, ENTROPY_BLOCK) * config.model.shape.text.vocab_size / config.parallel.tensor

@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from megatron_glmv.config.model import ModelConfig
 from megatron_glmv.config.training import StageConfig
-from megatron_glmv.plan.activations import Layer, learning, text_layer, vision_layer
+from megatron_glmv.plan.activations import Layer, layer_spec, learning, text_layer, vision_layer
 from megatron_glmv.plan.devices import Hardware
 from megatron_glmv.plan.flops import Flops, forward_flops, training_flops
 from megatron_glmv.plan.rows import RowSample
@@ -213,8 +213,12 @@ class StageTimes:
         own = trained / (config.parallel.tensor * config.parallel.context)
         logits = own * config.model.shape.text.vocab_size
         rate, memory = _peak(config, self.hardware) * self.hardware.matmul_efficiency, _memory_rate(self.hardware)
-        # Written in bf16, read, written in fp32, its maximum, exponential and sum; then the gradient in fp32 and in bf16.
-        loss = (2 + 2 + 4 + 4 + 8 + 4) * logits / memory, (8 + 6) * logits / memory
+        if layer_spec(config) == "te":
+            # Written in bf16, read for their maximum and sum, read and replaced by their gradient; which is scaled in place.
+            loss = (2 + 2 + 4) * logits / memory, 4 * logits / memory
+        else:
+            # Written in bf16, read, written in fp32, its maximum, exponential and sum; then the gradient in fp32 and in bf16.
+            loss = (2 + 2 + 4 + 4 + 8 + 4) * logits / memory, (8 + 6) * logits / memory
         passes = learning(config).text
         going, back = own * work.forward_trained.head / rate, own * work.backward_trained.head / rate
         return Seconds(Cost(going + loss[0]), Cost((back + loss[1]) * passes))

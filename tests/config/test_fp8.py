@@ -51,6 +51,14 @@ def test_without_the_package_there_is_bf16_and_te_by_name_is_refused() -> None:
         usable_precision(PrecisionConfig(layers="te"), hardware)
 
 
+def test_auto_takes_transformer_engine_in_bf16_alone() -> None:
+    """In fp32 it has no fused attention: it would pad every segment to the longest."""
+    assert PrecisionConfig().layers_on_gpu == "te"
+    assert PrecisionConfig(dtype="fp32").layers_on_gpu == "torch"
+    assert PrecisionConfig(dtype="fp32", layers="te").layers_on_gpu == "te"
+    assert PrecisionConfig(layers="torch").layers_on_gpu == "torch"
+
+
 def config(parallel: dict[str, Any], precision: dict[str, Any], length: int = 8192, preset: str = "glm-4.1v-9b") -> TrainConfig:
     return validate(
         TrainConfig,

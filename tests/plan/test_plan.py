@@ -94,10 +94,10 @@ def test_untrained_tokens_spare_the_last_stage_alone_and_layers_move_there() -> 
     assert fifth.stages[3].logits == pytest.approx(0.2 * every.stages[3].logits, rel=0.01)
     cut = {"tensor": 1, "context": 1, "pipeline": 2, "vision": "tensor"}
     config = stage()
-    wanted = [wanted_layers(config, cut, H100, rows_of(config, images=0, trained=share)) for share in (1.0, 0.2, 0.01)]
+    wanted = [wanted_layers(config, cut, H100, rows_of(config, images=0, trained=share)) for share in (1.0, 0.5, 0.01)]
     assert wanted[0] > wanted[1] > wanted[2] == 20
-    # The head's products are 3.0 layers' and its loss passes over the logits, too; each layer that moves makes up for two.
-    assert 21.5 < wanted[0] < 23
+    # The head's products are 3.0 layers', which spend time beside theirs, too; each layer that moves makes up for two.
+    assert 21 < wanted[0] < 21.6
 
 
 def test_operations_and_traffic_count_trained_tokens() -> None:
@@ -169,6 +169,21 @@ def test_frames_dealt_to_ranks_need_a_whole_tower_and_spare_its_repetition() -> 
     assert dealt.stages[0].state.weights > shared.stages[0].state.weights
     assert dealt.stages[0].activations < shared.stages[0].activations
     assert dealt.step_s < 0.9 * shared.step_s
+
+
+def test_transformer_engine_keeps_the_gradient_of_the_logits_in_their_place() -> None:
+    logits = 8192 * 151552 / 2
+    found = {kind: plan(f"precision.layers={kind}").stages[-1].logits for kind in ("te", "torch")}
+    assert found["te"] == pytest.approx(2 * logits, rel=0.1)
+    assert found["torch"] == pytest.approx(6 * logits, rel=0.1)
+
+
+def test_entropies_that_are_reported_need_the_distributions_of_a_block() -> None:
+    rl, alike = load(RlConfig, [EXAMPLES / "rl.yaml"], []), load(TrainConfig, [EXAMPLES / "long_context.yaml"], [])
+    assert (rl.parallel.tensor, rl.sequence_length) == (alike.parallel.tensor, alike.sequence_length) == (2, 32768)
+    rows = rows_of(alike, trained=0.5)
+    policy, plain = (estimate(config, 64, H100, rows).stages[-1].logits for config in (rl, alike))
+    assert policy - plain == pytest.approx(3 * 4 * 1024 * 151552 / 2)
 
 
 def test_fp8_copies_are_counted_where_they_are_made() -> None:
