@@ -75,7 +75,9 @@ def compare(name: str, folder: Path, rows: Path, rounds: int, effort: Effort) ->
         firsts = {side.name: side.ask("steps", count=effort.warm_up)["losses"][0] for side in [*ours, *theirs]}
         _check_losses(firsts)
         rates: dict[str, list[float]] = {side.name: [] for side in [*ours, *theirs]}
-        losses, towers, padded = {}, {}, 0
+        losses: dict[str, float] = {}
+        towers: dict[str, int] = {}
+        padded = 0
         for _ in range(rounds):
             for side in [*ours, *theirs]:
                 found = side.ask("steps", count=effort.steps)

@@ -93,7 +93,7 @@ def prepare(products: Iterable[Call]) -> list[Callable[[], Any]]:
             made[place, value] = value.make()
         return made[place, value]
 
-    prepared = []
+    prepared: list[Callable[[], Any]] = []
     for operator, args, kwargs in products:
         own = tuple(fresh(place, value) for place, value in enumerate(args))
         prepared.append(partial(operator, *own, **kwargs))

@@ -27,12 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rl_ablation_table as table
 import yaml
-
-try:
-    from benchmarks import rl_ablation_table as table
-except ImportError:  # run as a file, whose folder is then searched first
-    import rl_ablation_table as table  # type: ignore[import-not-found, no-redef]
 
 from megatron_glmv.config.base import ConfigError, InputError, load_tree, merge, parse_override, read_yaml, validate
 from megatron_glmv.config.rl_stage import RlConfig

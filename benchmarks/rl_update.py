@@ -67,7 +67,7 @@ def plans(samples: list[PolicySample], loads: np.ndarray, ranks: int) -> dict[st
     together = plan_rows(lengths, loads, num_ranks=1, row_length=LENGTH)[0]
     steps = -(-len(together) // ranks)
     rows = [*together, *((),) * (steps * ranks - len(together))]
-    alone = [(place,) for place in range(len(samples))]
+    alone: list[tuple[int, ...]] = [(place,) for place in range(len(samples))]
     alone += [()] * (-len(alone) % ranks)
     return {
         "repacked": plan_rows(lengths, loads, num_ranks=ranks, row_length=LENGTH),
@@ -128,8 +128,9 @@ def main() -> None:
         work(arguments.answers, arguments.rounds)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    here = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "max_restarts": 0}
-    launch = LaunchConfig(1, 1, arguments.ranks, run_id="rl_update", **here)
+    launch = LaunchConfig(
+        1, 1, arguments.ranks, run_id="rl_update", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=0
+    )
     elastic_launch(launch, sys.executable)(str(Path(__file__).resolve()), *sys.argv[1:])
 
 

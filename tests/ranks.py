@@ -167,7 +167,8 @@ def _wait(processes: list[Rank], started: float, timeout_s: float, stop: bool) -
     return [seconds or time.monotonic() - started for seconds in ended]
 
 
-def _outcome(folder: Path, rank: int, exit_code: int, seconds: float) -> Outcome:
+def _outcome(folder: Path, rank: int, exit_code: int | None, seconds: float) -> Outcome:
+    assert exit_code is not None, "a rank is still running"
     result = pickle.loads((folder / f"result_{rank}.pickle").read_bytes()) if exit_code == 0 else None
     output = (folder / f"output_{rank}.txt").read_text(errors="replace")
     return Outcome(rank, exit_code, result, output, seconds)
@@ -183,7 +184,7 @@ def _main(place: str, rank: int) -> None:
         import torch
 
         torch.set_num_threads(1)
-        function = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
         result = function(rank, *args)

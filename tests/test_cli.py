@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -235,3 +236,31 @@ def test_a_file_of_another_command_is_refused(rl_stage: Path, stage: Path, capsy
     assert "has prompts; it is a file for glmv rl" in capsys.readouterr().err
     assert cli.main(["rl", str(stage)]) == 2
     assert "has no prompts; it is a file for glmv train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "queues"),
+    [
+        ("parallel.tensor=2", None, "1"),
+        ("parallel.tensor=1 parallel.context=2", None, "1"),
+        ("parallel.tensor=1 parallel.pipeline=2", None, None),
+        ("parallel.tensor=2", "8", "8"),
+    ],
+)
+def test_one_cuda_queue_where_the_order_of_launches_hides_traffic(
+    layout: str, given: str | None, queues: str | None, stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is set before the module that loads torch is imported, and what the user has set stays."""
+    name, found = "CUDA_DEVICE_MAX_CONNECTIONS", []
+
+    def run(config: TrainConfig) -> int:
+        found.append(os.environ.get(name))
+        return 0
+
+    monkeypatch.setitem(sys.modules, "megatron_glmv.training.command", SimpleNamespace(run=run))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
+    assert cli.main(["train", str(stage), *layout.split()]) == 0
+    assert found == [queues]

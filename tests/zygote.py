@@ -108,7 +108,7 @@ def _serve() -> None:
     for line in requests:
         request = json.loads(line)
         if "module" in request:
-            answer = {"process": os.fork()}
+            answer: dict[str, int | None] = {"process": os.fork()}
             if not answer["process"]:
                 _become(request, requests.fileno(), answers.fileno())
         else:

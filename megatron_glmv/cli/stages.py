@@ -129,6 +129,9 @@ def _run_stage(arguments: argparse.Namespace, command: str, root: type[StageConf
         # Ends with the exit code of the first rank that failed.
         launch = importlib.import_module("megatron_glmv.nodes.launch")
         return launch.start_ranks(ranks, words, config.run_folder, arguments.restarts)
+    if config.parallel.needs_one_queue:
+        # Read when CUDA starts, and so set before torch is loaded.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     importlib.import_module("megatron_glmv.run_folder.launch").end_with_launcher()
     with importlib.import_module("megatron_glmv.run_folder.stop_signals").listening():
         return importlib.import_module(module).run(config)

@@ -71,6 +71,11 @@ class ParallelConfig(Config):
         return self.sequence and self.tensor > 1
 
     @property
+    def needs_one_queue(self) -> bool:
+        """Whether what tensor and context ranks exchange behind products hides only if it starts first, as one queue has it."""
+        return self.tensor > 1 or self.context > 1
+
+    @property
     def vision_tensor(self) -> int:
         """Ranks that share the matrices of the vision tower and the merger."""
         return self.tensor if self.vision == "tensor" else 1

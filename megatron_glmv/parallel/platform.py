@@ -57,8 +57,6 @@ def activate() -> None:
     # Megatron's and torch's advice to developers, once a rank, buries what a user must read.
     for category in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron\.core|torch\.distributed)\..*")
-    # What Megatron launches to overlap with a product must start before it: one queue keeps the order. Read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return

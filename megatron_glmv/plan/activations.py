@@ -2,8 +2,8 @@
 
 The ``torch`` spec is counted tensor by tensor and held to what autograd really keeps (tests/plan/test_activations.py). The
 ``te`` spec keeps less: its norms keep their input and a number a token, its attention keeps query, key, value, output and a
-number a head, its gated product keeps one input, its cross-entropy the logits' gradient in place of the logits. That count is read
-from Transformer Engine's modules and not measured here.
+number a head, its gated product keeps one input, its cross-entropy the logits' gradient in place of the logits. That count is
+read from Transformer Engine's modules and not measured here.
 
 Behind the decoder's last attention only trained tokens go on, so the last layer keeps less than the others, and the head keeps
 and makes logits of those tokens alone.

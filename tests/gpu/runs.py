@@ -13,6 +13,7 @@ from megatron_glmv.config.training import TrainConfig
 from megatron_glmv.convert.hf_import import from_state_dict
 from megatron_glmv.convert.parameters import local_parameters
 from megatron_glmv.data.loader import StepRows
+from megatron_glmv.model.glm4v import Glm4vModel
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
 from megatron_glmv.training.assemble import Assembly, assemble, assemble_model
@@ -26,13 +27,13 @@ LANGUAGE_TOKENS = 128
 
 
 def config(folder: str, *, length: int = LENGTH, rows: int = 4, lr: float = 1e-3, **precision: Any) -> TrainConfig:
-    """A run of the digits' architecture on one rank."""
+    """A run of the digits' architecture on one rank; by default in bf16 on a GPU, and in fp32 elsewhere."""
     return TrainConfig.model_validate({
         "run_folder": folder,
         "steps": 200,
         "global_batch_rows": rows,
         "model": {"preset": "digits"},
-        "precision": precision,
+        "precision": {"dtype": "bf16" if on_gpu() else "fp32", **precision},
         "optimizer": {"lr": lr, "min_lr": lr, "schedule": "constant"},
         "data": {"sequence_length": length, "sources": [{"name": "a", "path": "unused"}]},
     })  # fmt: skip
@@ -86,6 +87,7 @@ def _language_row(random: np.random.Generator, successors: np.ndarray, length: i
 def train_language(assembly: Assembly, steps: int) -> list[float]:
     """Losses of a training on fresh rows of the language."""
     settings = assembly.config
+    assert isinstance(settings, TrainConfig)
     losses = []
     for step in range(steps):
         rows = language_rows(step, settings.global_batch_rows, settings.sequence_length)
@@ -97,8 +99,8 @@ def loss_and_gradients(assembly: Assembly) -> tuple[float, dict[str, torch.Tenso
     """Mean loss of the layout tests' rows, and each parameter's accumulated gradient in fp32."""
     outputs = run_schedule(assembly, make_rows(SHAPE), forward_only=False)
     loss, _ = reduce_loss(outputs)
-    found = {name: parameter.main_grad.float().cpu() for name, parameter in local_parameters(assembly.models).items()}
-    return loss, found
+    own: dict[str, Any] = dict(local_parameters(assembly.models))
+    return loss, {name: parameter.main_grad.float().cpu() for name, parameter in own.items()}
 
 
 def logits(assembly: Assembly, row: PackedSequence) -> torch.Tensor:
@@ -108,10 +110,9 @@ def logits(assembly: Assembly, row: PackedSequence) -> torch.Tensor:
         return model(chunk_inputs(assembly.config, row, model, all_tokens=True), return_logits=True)[:, 0].float().cpu()
 
 
-def features(assembly: Assembly, row: PackedSequence) -> torch.Tensor:
+def features(settings: TrainConfig, model: Glm4vModel, row: PackedSequence) -> torch.Tensor:
     """[v, hidden] float32 of the row's pictures, padding included."""
-    [model] = assembly.models
-    inputs = chunk_inputs(assembly.config, row, model)
+    inputs = chunk_inputs(settings, row, model)
     assert inputs.vision is not None
     with torch.no_grad():
         return model._features(inputs.vision)[:, 0].float().cpu()
@@ -127,9 +128,10 @@ def windows(losses: Sequence[float], size: int = 20) -> np.ndarray:
     return np.asarray(losses).reshape(-1, size).mean(1)
 
 
-def replace_patches(row: PackedSequence, patches: torch.Tensor) -> PackedSequence:
-    """The row with the same patches in another place."""
-    return replace(row, patches=patches)
+def with_patches(row: PackedSequence, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequence:
+    """The row with its patches changed."""
+    assert row.patches is not None
+    return replace(row, patches=change(row.patches))
 
 
 def on_gpu() -> bool:

@@ -25,8 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def loss_curves(rank: int, folder: str, variants: dict[str, dict[str, Any]], steps: int) -> dict[str, list[float]]:
     """Losses of the same rows from the same weights under each precision."""
-    common = {"dtype": "bf16" if runs.on_gpu() else "fp32"}
-    settings = {name: runs.config(folder, lr=2e-3, **common, **fields) for name, fields in variants.items()}
+    settings = {name: runs.config(folder, lr=2e-3, **fields) for name, fields in variants.items()}
     if runs.on_gpu():
         assert hardware().has_te
     return runs.in_turn(lambda assembly: runs.train_language(assembly, steps), settings)
@@ -34,28 +33,20 @@ def loss_curves(rank: int, folder: str, variants: dict[str, dict[str, Any]], ste
 
 def fresh_copies(rank: int, folder: str, fields: dict[str, Any]) -> tuple[float, float]:
     """How the pictures' features differ between a model that has trained and a new one with its weights; and from the start."""
-    common = {"dtype": "bf16" if runs.on_gpu() else "fp32"}
-    settings = runs.config(folder, lr=1e-2, **common, **fields)
+    settings = runs.config(folder, lr=1e-2, **fields)
     row = runs.language_rows(0, 1, settings.sequence_length)[0]
     assembly = runs.build(settings)
-    start = runs.features(assembly, row)
-    runs.train_language(assembly, 3)
     [model] = assembly.models
+    start = runs.features(settings, model, row)
+    runs.train_language(assembly, 3)
     model.set_is_first_microbatch()
-    trained = runs.features(assembly, row)
+    trained = runs.features(settings, model, row)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     runs.groups.parallel_state.destroy_model_parallel()
     [other] = runs.build(settings).models
-    other.load_state_dict(weights, strict=False)
-    [again] = [runs.features(runs.Assembly(settings, runs.SHAPE, [_Bare(other)], None), row)]  # type: ignore[list-item, arg-type]
+    assert not other.load_state_dict(weights, strict=False).unexpected_keys
+    again = runs.features(settings, other, row)
     return runs.distance(trained, again), runs.distance(trained, start)
-
-
-class _Bare:
-    """A chunk without Megatron's wrapper."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
 
 
 def test_200_steps_within_1_percent_of_bf16(tmp_path: Any) -> None:

@@ -22,7 +22,7 @@ def run_rows(rank: int, folder: str, fields: dict[str, Any], rows_kind: str) -> 
     rows = make_rows(runs.SHAPE) if rows_kind == "pictures" else runs.language_rows(0, 4, 256)
     if runs.on_gpu():
         # As the loader hands them over.
-        rows = [runs.replace_patches(row, row.patches.pin_memory()) for row in rows]
+        rows = [runs.with_patches(row, torch.Tensor.pin_memory) for row in rows]
     done = 0
     for strict in (False, True):
         if strict and runs.on_gpu():

@@ -40,18 +40,18 @@ def compare_specs(rank: int, folder: str, variants: dict[str, dict[str, Any]]) -
 
 def leak_through(rank: int, folder: str, layers: str) -> dict[str, float]:
     """What changes in the first document of a row when another document's words or picture change."""
-    dtype = "bf16" if runs.on_gpu() else "fp32"
+
+    def invert_last(patches: torch.Tensor) -> torch.Tensor:
+        return torch.cat((patches[:-8], 255 - patches[-8:]))
 
     def work(assembly: Any) -> dict[str, float]:
         row = runs.language_rows(0, 1, 256)[0]
         (_, _, end), (_, start, _) = row.documents[0], row.documents[-1]
         tokens = row.tokens.clone()
         tokens[start + 20 :] = (tokens[start + 20 :] + 7) % 100 + 30
-        patches = row.patches.clone()
-        patches[-8:] = 255 - patches[-8:]
         before = runs.logits(assembly, row)
         words = runs.logits(assembly, replace(row, tokens=tokens))
-        pixels = runs.logits(assembly, replace(row, patches=patches))
+        pixels = runs.logits(assembly, runs.with_patches(row, invert_last))
         return {
             "own": float((before - words)[start + 20 :].abs().max()),
             "own pixels": float((before - pixels)[start:].abs().max()),
@@ -59,13 +59,12 @@ def leak_through(rank: int, folder: str, layers: str) -> dict[str, float]:
             "pixels": float((before - pixels)[:end].abs().max()),
         }
 
-    return runs.in_turn(work, {"one": runs.config(folder, dtype=dtype, layers=layers)})["one"]
+    return runs.in_turn(work, {"one": runs.config(folder, layers=layers)})["one"]
 
 
 def change_spec(rank: int, folder: str, first: str, second: str) -> tuple[list[float], list[float]]:
     """Losses of the steps after a checkpoint, in the spec that wrote it and resumed in the other."""
-    dtype = "bf16" if runs.on_gpu() else "fp32"
-    assembly = runs.build(runs.config(folder, dtype=dtype, layers=first))
+    assembly = runs.build(runs.config(folder, layers=first))
     runs.train_language(assembly, 3)
     gather_weights(assembly.chunks)
     saver = Checkpointer(assembly.config, assembly.chunks, assembly.optimizer)
@@ -73,7 +72,7 @@ def change_spec(rank: int, folder: str, first: str, second: str) -> tuple[list[f
     saver.close()
     kept = runs.train_language(assembly, 3)
     runs.groups.parallel_state.destroy_model_parallel()
-    assembly = runs.build(runs.config(folder, dtype=dtype, layers=second))
+    assembly = runs.build(runs.config(folder, layers=second))
     state = Checkpointer(assembly.config, assembly.chunks, assembly.optimizer).load_latest()
     assert state is not None
     assert state.step == 3

@@ -104,7 +104,8 @@ def _one_layout(variant: str, config: TrainConfig, all_tokens: bool) -> Result:
     loss = forward_and_backward(assembly, all_tokens=all_tokens)
     assembly.optimizer.prepare_grads()
     norm = float(assembly.optimizer.get_grad_norm())
-    local = {name: parameter.main_grad.clone() for name, parameter in local_parameters(models).items()}
+    own: dict[str, Any] = dict(local_parameters(models))
+    local = {name: parameter.main_grad.clone() for name, parameter in own.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (parallel_state.get_tensor_model_parallel_rank(), local))
     return loss, norm, _join(gathered, shape)

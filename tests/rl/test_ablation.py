@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import rl_ablation
+import rl_ablation_table
 import yaml
 
-from benchmarks import rl_ablation, rl_ablation_table
 from megatron_glmv.config.base import ConfigError, load, validate
 from megatron_glmv.config.rl_stage import RlConfig
 
