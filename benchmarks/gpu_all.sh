@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that waits for one Hopper GPU, as a section of docs/benchmarks_gpu.md.
 #
-#     bash benchmarks/gpu_all.sh [OUTPUT.md] [PART...]     # parts: tests fp8 speed decode; default: all of them
+#     bash benchmarks/gpu_all.sh [OUTPUT.md] [PART...]     # parts: see below; default: all of them
 #     DRY_RUN=1 bash benchmarks/gpu_all.sh                 # anywhere: what would run, shapes checked
 #
-# Every part is a command of less than ten minutes, so that it also fits where a command may take no longer:
-#     for part in tests fp8 speed decode; do bash benchmarks/gpu_all.sh gpu.md $part; done
+# Every part is a command that is ended after ten minutes, so that it also fits where none may take longer:
+#     for part in tests fp8 photos text decode; do bash benchmarks/gpu_all.sh gpu.md $part; done
 # A part appends to OUTPUT.md (default: gpu.md): the date, the commit, the machine, the command and the table it printed.
 #
-# The environment, with a network:       pip install -c constraints.txt torch && pip install -c constraints.txt -e .[gpu,dev]
+# The environment, with a network: see "On a GPU machine" in README.md, with [gpu,dev].
 # Without one, on a machine that has torch for CUDA 13 and nvcc: bring the wheels of megatron-core, transformers, pydantic,
 # nvidia-dali-cuda130, nvidia-nvimgcodec-cu13, transformer_engine, transformer_engine_cu13 and onnxscript, and the source of
 # transformer_engine_torch (see TE_SOURCE below), install the wheels with `pip install --no-index --no-deps`, then
@@ -20,16 +20,17 @@ python=${PYTHON:-python3}
 output=${1:-gpu.md}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(tests fp8 speed decode)
+[ ${#parts[@]} -gt 0 ] || parts=(tests fp8 photos text decode)
 limit=${LIMIT_S:-590}
 
 commands() {
     case $1 in
-        tests) echo "$python -m pytest -q -m gpu tests/gpu/test_te_layers.py tests/gpu/test_hot_path.py" ;;
+        tests) echo "$python -m pytest -q -m gpu tests/data tests/gpu/test_te_layers.py tests/gpu/test_hot_path.py" ;;
         fp8) echo "$python -m pytest -q -m gpu tests/gpu/test_fp8_on_device.py" ;;
-        speed) echo "$python benchmarks/gpu_mfu.py ${DRY_RUN:+--dry-run}" ;;
+        photos) echo "$python benchmarks/gpu_mfu.py --rows-of pictures ${DRY_RUN:+--dry-run}" ;;
+        text) echo "$python benchmarks/gpu_mfu.py --rows-of text ${DRY_RUN:+--dry-run}" ;;
         decode) echo "$python benchmarks/gpu_decode.py ${DRY_RUN:+--dry-run}" ;;
-        *) echo "gpu_all.sh: no part '$1'; there are tests fp8 speed decode" >&2; return 2 ;;
+        *) echo "gpu_all.sh: no part '$1'; there are tests fp8 photos text decode" >&2; return 2 ;;
     esac
 }
 

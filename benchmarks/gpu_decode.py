@@ -19,17 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpu_slice import TINY, Settings, device_memory_gb, fitting, plan, run, slice_config, slice_shape, write_rows
+from gpu_slice import TINY, Settings, device_memory_gb, fitting, plan, run, slice_config, write_rows
 
 from megatron_glmv.data.loader import RowStream
 from megatron_glmv.parallel import platform
 
 TARGET = 0.01
 """Share of a step that may be spent waiting for rows."""
+DECODING_GB = 4
+"""Device memory left for decoding."""
 
 
 def main() -> int:
-    """Parse the command line, run or plan, print the table; 1 when GPU decoding makes the step wait."""
+    """Parse the command line, run or plan, print the table; 1 when a run fails or, but for --quick, steps wait."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="decoder layers; default: as many as fit")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step")
@@ -40,10 +42,9 @@ def main() -> int:
     platform.activate()
     settings = TINY if arguments.quick else Settings(layers=arguments.layers or 4, rows=arguments.rows, steps=arguments.steps)
     if arguments.layers is None and not arguments.quick:
-        # GPU decoding takes memory of its own.
-        settings = fitting(settings, device_memory_gb() - 4)
+        settings = fitting(settings, device_memory_gb() - DECODING_GB)
     if arguments.dry_run:
-        amounts = plan(settings, slice_shape(settings))
+        amounts = plan(settings, device_memory_gb() - DECODING_GB)
         print(f"{settings.layers} decoder layers, {amounts.patches:,} patches and {amounts.row_tflop:.1f} TFLOP a row, "
               f"{amounts.memory_gb:.1f} GB estimated; at 40 % of an H100's BF16 peak a row takes "
               f"{amounts.row_tflop / 396:.2f} s")  # fmt: skip
@@ -65,26 +66,29 @@ def compare(settings: Settings, quick: bool) -> int:
           f"{needed['device']}; rows in memory: {needed['seconds']:.3f} s a step, which takes {needed['pictures_s']:.1f} "
           "photos/s\n")  # fmt: skip
     print("| decoded on | photos/s alone | of what the step needs | s a step in training | waiting for rows |")
-    print("| --- " * 5 + "|")
-    missed = False
+    print("| --- " * 5 + "|", flush=True)
+    failed, missed = [], []
     for device in devices:
         alone = decode_alone(replace(settings, decode=device))
         trained = run(replace(settings, decode=device))
         if "error" in trained:
-            print(f"| {device} | {alone:.1f} | | failed: {trained['error']} | |")
-            missed = True
+            print(f"| {device} | {alone:.1f} | | failed: {trained['error']} | |", flush=True)
+            failed.append(f"decoding on {device}")
             continue
         print(f"| {device} | {alone:.1f} | {alone / needed['pictures_s']:.2f} | {trained['seconds']:.3f} | "
-              f"{trained['wait_share']:.2%} |")  # fmt: skip
-        missed = missed or (device == "gpu" and trained["wait_share"] > TARGET)
-    return 1 if missed and not quick else 0
+              f"{trained['wait_share']:.2%} |", flush=True)  # fmt: skip
+        if device == "gpu" and trained["wait_share"] > TARGET and not quick:
+            missed.append("waiting for rows decoded on the gpu")
+    if failed or missed:
+        print(f"missed: {', '.join([*failed, *missed])}", file=sys.stderr)
+    return 1 if failed or missed else 0
 
 
 def decode_alone(settings: Settings) -> float:
     """Photos a second of the loader with nothing beside it, its start left out."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = slice_config(folder, settings)
+        config = slice_config(folder, settings, on_gpu=platform.has_cuda())
         shape = config.model.shape
         write_rows(folder / "rows", settings, shape)
         stream = RowStream(config.data.sources, config.data, shape, seed=0, global_batch_rows=settings.rows, data_rank=0,

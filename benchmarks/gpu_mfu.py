@@ -1,13 +1,14 @@
 """Share of the device's peak that training reaches on a slice of the 9B at full width: photos and text, BF16 and FP8.
 
-    python benchmarks/gpu_mfu.py [--recipes off current delayed block] [--layers N]   # one CUDA device, about 6 minutes
-    python benchmarks/gpu_mfu.py --dry-run                                            # anywhere: the plan, shapes checked
-    python benchmarks/gpu_mfu.py --quick                                              # anywhere: a tiny model, a smoke test
+    python benchmarks/gpu_mfu.py [--rows-of pictures] [--recipes off current] [--layers N]   # one CUDA device
+    python benchmarks/gpu_mfu.py --dry-run                                                   # anywhere: plan, shapes checked
+    python benchmarks/gpu_mfu.py --quick                                                     # anywhere: a tiny model
 
 The whole vision tower, merger, embedding and head, and as many of the 40 decoder layers as fit beside them. Operations are
 those of `plan/flops.py`: what the model needs for tokens that are not padding, forward and backward; recomputation does not
 count. MFU is over the dense BF16 peak in every line, so that lines compare; FP8's own peak is twice that. Rows are decoded
-before the clock starts (`gpu_decode.py` measures the loader). Both sides of every ratio are measured in the same run.
+before the clock starts (`gpu_decode.py` measures the loader). Both sides of every ratio are measured in the same run, and every
+line is printed when it is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TARGETS = {"pictures": 0.40, "text": 0.50, "speedup": 1.3}
 
 
 def main() -> int:
-    """Parse the command line, run or plan, print the table; 1 when a target is missed."""
+    """Parse the command line, run or plan, print the table; 1 when a run fails or, but for --quick, a target is missed."""
     arguments = parse(sys.argv[1:])
     platform.activate()
     settings = TINY if arguments.quick else Settings(layers=arguments.layers or 4, rows=arguments.rows, steps=arguments.steps)
@@ -56,26 +57,27 @@ def parse(given: list[str]) -> argparse.Namespace:
 
 
 def chosen(settings: Settings, arguments: argparse.Namespace) -> list[Settings]:
-    """The runs: of each kind of rows every recipe, with the same layers, which must fit with FP8's copies of weights too."""
+    """The runs: of each kind of rows every recipe, with the same layers, which must fit with FP8's copies too; BF16 first."""
     found = []
     for kind in arguments.rows_of:
         widest = "current" if set(arguments.recipes) != {"off"} else "off"
         base = replace(settings, pictures=kind == "pictures", recipe=widest)
         if arguments.layers is None and not arguments.quick:
             base = fitting(base, arguments.memory_gb or device_memory_gb())
-        found += [replace(base, recipe=recipe) for recipe in arguments.recipes]
+        found += [replace(base, recipe=recipe) for recipe in sorted(arguments.recipes, key=lambda recipe: recipe != "off")]
     return found
 
 
 def dry_run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Print what would run, and build every distinct slice on the meta device."""
-    print(f"plan for {arguments.memory_gb or device_memory_gb():.0f} GB\n")
+    memory_gb = arguments.memory_gb or device_memory_gb()
+    print(f"plan for {memory_gb:.1f} GB\n")
     print(
         "| rows | recipe | decoder layers | ViT recomputed | parameters | patches a row | TFLOP a row | memory, estimated GB |"
     )
     print("| --- " * 8 + "|")
     for one in chosen(settings, arguments):
-        amounts = plan(one, slice_shape(one))
+        amounts = plan(one, memory_gb)
         print(f"| {_kind(one)} | {one.recipe} | {one.layers} | {one.recompute_vision} | {amounts.parameters:,} | "
               f"{amounts.patches:,} | {amounts.row_tflop:.1f} | {amounts.memory_gb:.1f} |")  # fmt: skip
     for one in {replace(one, recipe="off"): None for one in chosen(settings, arguments)}:
@@ -88,25 +90,26 @@ def dry_run(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def compare(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Run every line and print the table."""
-    found = [(one, run(one)) for one in chosen(settings, arguments)]
-    devices = {report["device"] for _, report in found if "device" in report}
+    """Run every line and print it."""
     print(f"{settings.preset}, rows of {settings.length:,} tokens, {settings.rows} a step, {settings.steps} steps, "
-          f"{', '.join(sorted(devices)) or 'no device'}, torch {torch.__version__}\n")  # fmt: skip
+          f"{platform.device_name()}, torch {torch.__version__}\n")  # fmt: skip
     print("| rows | precision | layers | decoder layers | tokens/s | of BF16 | TFLOP/s | MFU of BF16's peak | memory, GB |")
-    print("| --- " * 9 + "|")
-    base = {_kind(one): report.get("tokens_s") for one, report in found if one.recipe == "off"}
-    missed = []
-    for one, report in found:
+    print("| --- " * 9 + "|", flush=True)
+    base: dict[str, float] = {}
+    failed, missed = [], []
+    for one in chosen(settings, arguments):
+        report = run(one)
         if "error" in report:
-            print(f"| {_kind(one)} | {one.recipe} | | {one.layers} | failed: {report['error']} | | | | |")
-            missed.append(f"{_kind(one)} {one.recipe}")
+            print(f"| {_kind(one)} | {one.recipe} | | {one.layers} | failed: {report['error']} | | | | |", flush=True)
+            failed.append(f"{_kind(one)} {one.recipe}")
             continue
-        print(_line(one, report, base.get(_kind(one))))
-        missed += _missed(one, report, base.get(_kind(one)))
-    if missed and not arguments.quick:
-        print(f"missed: {', '.join(missed)}", file=sys.stderr)
-    return 1 if missed and not arguments.quick else 0
+        if one.recipe == "off":
+            base[_kind(one)] = report["tokens_s"]
+        print(_line(one, report, base.get(_kind(one))), flush=True)
+        missed += [] if arguments.quick else _missed(one, report, base.get(_kind(one)))
+    if failed or missed:
+        print(f"missed: {', '.join([*failed, *missed])}", file=sys.stderr)
+    return 1 if failed or missed else 0
 
 
 def _line(one: Settings, report: dict[str, Any], bf16: float | None) -> str:

@@ -37,20 +37,22 @@ from megatron_glmv.model.glm4v import build_model
 from megatron_glmv.model.inputs import make_inputs
 from megatron_glmv.parallel import groups, platform
 from megatron_glmv.parallel.mcore import hardware, layer_kind
-from megatron_glmv.plan.devices import device_peak
+from megatron_glmv.plan.devices import device_peak, find_hardware
 from megatron_glmv.plan.flops import training_flops
+from megatron_glmv.plan.memory import stage_memory
+from megatron_glmv.plan.rows import RowSample
 from megatron_glmv.sequence.grid import PixelLimits, image_grid
 from megatron_glmv.sequence.packed import Document, PackedSequence, pack
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.job import fit_to_device
-from megatron_glmv.training.step import train_step
+from megatron_glmv.training.step import StepResult, train_step
 
-STATE_BYTES = 18
-"""A parameter's memory while it trains: bf16 weight, and in fp32 its gradient, main copy and Adam's two moments."""
-FP8_BYTES = 2
-"""What the FP8 copies of a weight add, as it is and transposed."""
-USABLE = 0.92
-"""Of the device's memory: the rest is CUDA's, NCCL's and the allocator's waste."""
+ALIGN = 8
+"""Documents of a row start at multiples of so many tokens."""
+USABLE = 0.95
+"""Of the memory, by an estimate that no GPU has confirmed yet."""
+FEW_LAYERS = 4
+"""With fewer decoder layers than this a slice is a vision tower and little else."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Plan:
 
     parameters: int
     memory_gb: float
-    """State, activations of one row and logits, as estimated; the run reports what it took."""
+    """Of the device, by the planner's estimate; the run reports what torch took of it."""
     row_tflop: float
     """Operations of training on one row, in 1e12."""
     patches: int
@@ -106,9 +108,8 @@ def slice_folder(folder: Path, settings: Settings) -> Path:
     return folder
 
 
-def slice_config(folder: Path, settings: Settings) -> TrainConfig:
+def slice_config(folder: Path, settings: Settings, *, on_gpu: bool) -> TrainConfig:
     """The run's configuration, as a stage file would give it; its rows lie in `folder`/rows."""
-    on_gpu = torch.cuda.is_available()
     config = validate(TrainConfig, {
         "run_folder": str(folder / "run"), "steps": settings.warmup + settings.steps, "global_batch_rows": settings.rows,
         "model": {"hf_folder": str(slice_folder(folder / "model", settings)), "load_weights": False},
@@ -158,48 +159,52 @@ def draw_documents(
         room -= size
 
 
+def row_documents(
+    settings: Settings, shape: ModelShape, pictures: list[tuple[bytes, int, int]]
+) -> tuple[list[Document], list[list[Picture]]]:
+    """Those documents that a row has room for, each at a multiple of 8, with their pictures."""
+    drawn = list(draw_documents(settings, shape, pictures))
+    ends = np.cumsum([-(-len(document.tokens) // ALIGN) * ALIGN for document, _ in drawn])
+    kept = drawn[: int((ends <= settings.length).sum())]
+    return [document for document, _ in kept], [media for _, media in kept]
+
+
 def write_rows(folder: Path, settings: Settings, shape: ModelShape) -> None:
     """Rows as `glmv-data pack` writes them, four times as many as a step takes."""
     ids = shape.tokens
     files = list(photos(24, *settings.pixels)) if settings.pictures else []
-    writer = ShardWriter(folder, length=settings.length, align=8, vocab_size=shape.text.vocab_size, image_token=ids.image,
+    writer = ShardWriter(folder, length=settings.length, align=ALIGN, vocab_size=shape.text.vocab_size, image_token=ids.image,
                          pad_token=ids.pad, image_limits=PixelLimits())  # fmt: skip
     for number in range(4 * settings.rows):
-        turned = files[number % max(1, len(files)) :] + files[: number % max(1, len(files))]
-        documents, media = zip(*draw_documents(settings, shape, turned), strict=True)
-        lengths = np.cumsum([-(-len(document.tokens) // 8) * 8 for document in documents])
-        kept = int((lengths <= settings.length).sum())
-        writer.write(list(documents[:kept]), list(media[:kept]))
+        first = number % max(1, len(files))
+        writer.write(*row_documents(settings, shape, files[first:] + files[:first]))
     writer.close()
 
 
-def plan(settings: Settings, shape: ModelShape) -> Plan:
-    """Parameters, memory and operations of a run, by arithmetic.
-
-    Activations of a layer without recomputation are its norms, projections and gated MLP in bf16; a recomputed tower keeps the
-    input of every layer and one layer's activations.
-    """
-    documents = [document for document, _ in draw_documents(settings, shape, _sizes(settings))]
-    frames = [frame for document in documents for frame in document.frames]
-    patches = sum(rows * columns for rows, columns in frames)
-    text, vision, count = shape.text, shape.vision, count_parameters(shape)
-    widths = text.hidden_size * 7 + 2 * text.num_kv_heads * text.head_dim + 3 * text.ffn_hidden_size
-    activations = settings.length * widths * text.num_layers
-    layer = patches * (vision.hidden_size * 9 + 3 * vision.ffn_hidden_size)
-    if settings.recompute_vision == "full":
-        activations += layer + patches * vision.hidden_size * vision.num_layers
-    else:
-        activations += layer * vision.num_layers
-    activations += patches // 4 * (3 * vision.merger_ffn_hidden_size + 8 * vision.out_hidden_size)
-    activations += 2 * settings.length * text.vocab_size
-    state = STATE_BYTES + (FP8_BYTES if settings.recipe != "off" else 0)
-    lengths = [len(document.tokens) for document in documents]
-    trained = sum(document.num_trained for document in documents)
+def plan(settings: Settings, memory_gb: float) -> Plan:
+    """Parameters, memory and operations of a run, as `glmv plan` reckons them for a GPU of this size."""
+    with tempfile.TemporaryDirectory() as name:
+        config = slice_config(Path(name), settings, on_gpu=True)
+        shape = config.model.shape
+        documents, _ = row_documents(settings, shape, _sizes(settings))
+        lengths = [len(document.tokens) for document in documents]
+        frames = [frame for document in documents for frame in document.frames]
+        patches = [rows * columns for rows, columns in frames]
+        trained = sum(document.num_trained for document in documents)
+        row = RowSample(
+            tokens=np.array([float(sum(lengths))]),
+            patches=np.array([float(sum(patches))]),
+            trained=np.array([float(trained)]),
+            document_tokens=sum(length**2 for length in lengths) / sum(lengths),
+            frame_patches=sum(size**2 for size in patches) / max(1, sum(patches)),
+            origin="drawn",
+        )
+        [stage] = stage_memory(config, 1, find_hardware("h100", memory_gb=memory_gb), row)
     return Plan(
-        parameters=count.total,
-        memory_gb=(state * count.total + 2 * activations) / 1e9,
+        parameters=count_parameters(shape).total,
+        memory_gb=stage.total / 1e9,
         row_tflop=training_flops(shape, lengths, frames, trained=trained).total / 1e12,
-        patches=patches,
+        patches=sum(patches),
     )
 
 
@@ -217,14 +222,14 @@ def slice_shape(settings: Settings) -> ModelShape:
 
 
 def fitting(settings: Settings, memory_gb: float) -> Settings:
-    """As many decoder layers as fit the memory, with the vision tower kept whole, or recomputed where not even one fits."""
+    """As many decoder layers as fit the memory; the vision tower is recomputed where only a few would fit without."""
     whole = ModelConfig(preset=settings.preset).shape.text.num_layers
-    for recompute in ("none", "full"):
-        for layers in range(whole, 0, -1):
+    for recompute, least in (("none", FEW_LAYERS), ("full", 1)):
+        for layers in range(whole, least - 1, -1):
             tried = replace(settings, layers=layers, recompute_vision=recompute)
-            if plan(tried, slice_shape(tried)).memory_gb <= USABLE * memory_gb and (layers > 1 or recompute == "full"):
+            if plan(tried, memory_gb).memory_gb <= USABLE * memory_gb:
                 return tried
-    return replace(settings, layers=1, recompute_vision="full")
+    raise SystemExit(f"gpu_slice.py: not one decoder layer fits {memory_gb:.0f} GB beside the vision tower")
 
 
 def check_on_meta(settings: Settings) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def check_on_meta(settings: Settings) -> dict[str, Any]:
     shape, meta = slice_shape(settings), torch.device("meta")
     row = draw_row(settings, shape)
     with tempfile.TemporaryDirectory() as name:
-        config = slice_config(Path(name), replace(settings, layer_spec="torch", recipe="off"))
+        config = slice_config(Path(name), replace(settings, layer_spec="torch", recipe="off"), on_gpu=False)
         groups.initialize(config.parallel, config.seed)
         with mock.patch.object(torch.cuda, "current_device", lambda: meta), mock.patch.object(platform, "device", lambda: meta):
             [model] = build_model(shape, config.parallel, config.precision, config.recompute)
@@ -248,23 +253,18 @@ def check_on_meta(settings: Settings) -> dict[str, Any]:
 
 def draw_row(settings: Settings, shape: ModelShape) -> PackedSequence:
     """One row with grey pixels."""
-    documents, aligned = [], 0
-    for document, _ in draw_documents(settings, shape, _sizes(settings)):
-        aligned += -(-len(document.tokens) // 8) * 8
-        if aligned > settings.length:
-            break
-        documents.append(document)
+    documents, _ = row_documents(settings, shape, _sizes(settings))
     patches = sum(rows * columns for document in documents for rows, columns in document.frames)
     pixels = torch.full((patches, shape.vision.patch_dim), 128, dtype=torch.uint8) if patches else None
     ids = shape.tokens
-    return pack(documents, settings.length, image_token=ids.image, pad_token=ids.pad, align=8, patches=pixels)
+    return pack(documents, settings.length, image_token=ids.image, pad_token=ids.pad, align=ALIGN, patches=pixels)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Train the slice and say how fast; in this process."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = fit_to_device(slice_config(folder, settings), hardware())
+        config = fit_to_device(slice_config(folder, settings, on_gpu=platform.has_cuda()), hardware())
         shape = config.model.shape
         write_rows(folder / "rows", settings, shape)
         groups.initialize(config.parallel, config.seed)
@@ -287,7 +287,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _report(
-    settings: Settings, config: TrainConfig, seconds: list[float], waits: list[float], results: list[Any]
+    settings: Settings, config: TrainConfig, seconds: list[float], waits: list[float], results: list[StepResult]
 ) -> dict[str, Any]:
     """What a run is reported by; rates are those of its median step."""
     timed, median = results[settings.warmup :], statistics.median(seconds)
@@ -301,7 +301,7 @@ def _report(
         "precision": config.precision.dtype if config.precision.fp8_text == "off" else f"fp8 {config.precision.fp8_text}",
         "seconds": median,
         "tokens_s": statistics.mean(result.counts.useful_tokens for result in timed) / median,
-        "pictures_s": statistics.mean(result.images for result in timed) / median,
+        "pictures_s": statistics.mean(result.counts.images for result in timed) / median,
         "tflop_s": operations / median / 1e12,
         "mfu": operations / median / peak if peak else None,
         "wait_share": sum(waits) / sum(seconds),
