@@ -10,7 +10,7 @@
 #
 # The environment, with a network: see "On a GPU machine" in README.md, with [gpu,dev].
 # Without one, on a machine that has torch for CUDA 13 and nvcc: bring the wheels of megatron-core, transformers, pydantic,
-# nvidia-dali-cuda130, nvidia-nvimgcodec-cu13, transformer_engine, transformer_engine_cu13 and onnxscript, and the source of
+# nvidia-dali-cuda130, nvidia-nvimgcodec-cu13, av, transformer_engine, transformer_engine_cu13 and onnxscript, and the source of
 # transformer_engine_torch (see TE_SOURCE below), install the wheels with `pip install --no-index --no-deps`, then
 #     NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=16 pip install --no-index --no-deps --no-build-isolation TE_SOURCE.tar.gz
 # which compiles the bindings for the torch that is there. PYTHON names the interpreter.
@@ -25,7 +25,7 @@ limit=${LIMIT_S:-590}
 
 commands() {
     case $1 in
-        tests) echo "$python -m pytest -q -m gpu tests/data tests/gpu/test_te_layers.py tests/gpu/test_hot_path.py" ;;
+        tests) echo "$python -m pytest -q -m gpu tests/data/test_images.py tests/data/test_video_frames.py tests/gpu/test_te_layers.py tests/gpu/test_hot_path.py" ;;
         fp8) echo "$python -m pytest -q -m gpu tests/gpu/test_fp8_on_device.py" ;;
         photos) echo "$python benchmarks/gpu_mfu.py --rows-of pictures ${DRY_RUN:+--dry-run}" ;;
         text) echo "$python benchmarks/gpu_mfu.py --rows-of text ${DRY_RUN:+--dry-run}" ;;
