@@ -127,6 +127,8 @@ class RowStream:
         if decode:
             on_gpu = data.decode_device == "gpu" or (data.decode_device == "auto" and torch.cuda.is_available())
             decoder = MediaDecoder(shape.vision, "gpu" if on_gpu else "cpu", data.decode_threads)
+        self.order = order.description
+        """What the order of the rows depends on, as JSON."""
         self._builder = _RowBuilder(sources, readers, order, data, shape, decoder, fault_log)
         self._replica = (data_rank, data_size)
         self._rows_per_step = global_batch_rows // data_size

@@ -1,7 +1,8 @@
 """The global order of rows: a pure function of seed and step, whatever the number of replicas, workers and restarts.
 
 Position p = step x global_batch_rows + i names one row of one source. The state of the data stream is therefore the step alone,
-a resumed run reads the same bytes, and the number of data-parallel replicas may change in between.
+a resumed run reads the same bytes, and the number of data-parallel replicas may change in between. What the
+order depends on is described, so that a run can tell whether it goes on in the same one (training/data_order.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +104,14 @@ class GlobalOrder:
         self._mixture = Mixture(weights, seed)
         self._seed, self._shuffle, self._cost_of = seed, shuffle, cost_of
         self.global_batch_rows = global_batch_rows
+        sources = zip(names, weights, sizes, strict=True)
+        self.description: dict[str, Any] = {
+            "global_batch_rows": global_batch_rows,
+            "seed": seed,
+            "shuffle": shuffle,
+            "sources": {name: {"weight": weight, "rows": rows} for name, weight, rows in sources},
+        }
+        """What it depends on, as JSON."""
 
     def at(self, position: int) -> Draw:
         """The row at one position of the stream."""

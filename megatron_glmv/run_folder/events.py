@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 EVENTS_FILE = "events.jsonl"
 
-Kind = Literal["start", "stop", "finish", "fault", "hang", "skip", "rollback", "damaged", "unsaved"]
+Kind = Literal["start", "stop", "finish", "fault", "hang", "skip", "rollback", "damaged", "unsaved", "order"]
 """start: the ranks began or began again. stop, finish: they ended as asked, or after the last step. fault: how an earlier start
 ended, told by the next one. hang: they stood still. skip: an update was refused. rollback: to a checkpoint, past some rows.
-damaged: a checkpoint that cannot be trusted was set aside. unsaved: a checkpoint could not be written."""
+damaged: a checkpoint that cannot be trusted was set aside. unsaved: a checkpoint could not be written.
+order: the data is drawn otherwise than before the start."""
 
 
 def record_event(run_folder: Path, kind: Kind, step: int, text: str, **details: Any) -> None:

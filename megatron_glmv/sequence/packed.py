@@ -14,7 +14,7 @@ from megatron_glmv.config.base import InputError
 from megatron_glmv.sequence.positions import multimodal_positions
 
 PADDING_DOCUMENT = 256
-"""Tokens of the documents that fill the end of a row: short ones, because attention within them is wasted work."""
+"""Most tokens of the documents that fill the end of a row: short ones, because attention within them is wasted work."""
 
 
 class RowError(InputError):
@@ -137,8 +137,10 @@ def pack(
         frames.extend(document.frames)
         useful += size
         start += padded
+    # As align has it, or context ranks could not cut them.
+    filling = max(align, PADDING_DOCUMENT // align * align)
     while start < length:
-        size = min(PADDING_DOCUMENT, length - start)
+        size = min(filling, length - start)
         positions[:, start : start + size] = np.arange(size)
         lengths.append(size)
         start += size

@@ -15,6 +15,7 @@ from megatron_glmv.plan.devices import device_peak
 from megatron_glmv.run_folder.metrics_file import METRICS_FILE
 from megatron_glmv.training.assemble import assemble, assemble_model
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.data_order import adopt_order, keep_rows
 from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.job import Job, fit_to_device, run_job
 from megatron_glmv.training.loop import Run, open_stream, train
@@ -57,9 +58,11 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
     checkpointer = Checkpointer(config, assembly.chunks, assembly.optimizer, job.events)
     watchdog.beat(0, "loading weights")
     state = first_state(config, models, assembly, checkpointer)
+    changes = keep_rows(state, config.global_batch_rows)
     with contextlib.ExitStack() as stack:
         stream = open_stream(config, held_out=False, first_step=state.next_batch())
         stack.callback(stream.close)
+        changes += adopt_order(state, stream.order)
         eval_stream = open_stream(config, held_out=True) if config.data.eval_sources else None
         if eval_stream is not None:
             stack.callback(eval_stream.close)
@@ -77,6 +80,8 @@ def open_run(config: TrainConfig, job: Job) -> Iterator[Run]:
             stack.callback(metrics.close)
             job.events.say = metrics.note
         begin_run(job, config, models, checkpointer, state)
+        for change in changes:
+            job.events.record("order", state.step, change)
         if metrics is not None and (planned := plan_run(config, platform.device_name(), dist.get_world_size())):
             metrics.log_plan(state.step, planned)
         observer, stragglers = Observer(assembly), Stragglers(assembly)

@@ -10,6 +10,7 @@ from megatron_glmv.data.loader import RowStream
 from megatron_glmv.parallel import groups
 from megatron_glmv.training.assemble import Assembly
 from megatron_glmv.training.checkpoint import Checkpointer
+from megatron_glmv.training.data_order import keep_rows
 from megatron_glmv.training.guard import Guard
 from megatron_glmv.training.job import Job, freeze_setup
 from megatron_glmv.training.metrics import MetricsWriter, StepMetrics
@@ -102,7 +103,8 @@ def went_back(run: Run, result: StepResult) -> bool:
         run.job.watchdog.beat(state.step, "rollback")
         if (saved := run.checkpointer.return_to_latest()) is not None:
             run.guard.count_return(saved.step)
-            vars(state).update(vars(saved), left_out=tuple(sorted({*saved.left_out, *left_out})))
+            keep_rows(saved, run.config.global_batch_rows)
+            vars(state).update(vars(saved), order=state.order, left_out=tuple(sorted({*saved.left_out, *left_out})))
             if run.metrics is not None:
                 run.metrics.go_back(state.step)
             text = f"{reason}; back to the checkpoint of step {state.step}, batches left out: {', '.join(map(str, left_out))}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 def is_due(step: int, every_steps: int) -> bool:
@@ -32,6 +33,8 @@ class TrainState:
     """Of the newest applied steps, for the guard."""
     grad_norms: tuple[float, ...] = ()
     """The same steps'."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """What decides about the order of the data: `RowStream.order`; empty: not known."""
 
     def __post_init__(self) -> None:
         if self.batch < 0:

@@ -1,13 +1,27 @@
-"""Which tokens a tensor rank takes on behind the last attention."""
+"""Which tokens a context rank holds, and which a tensor rank takes on behind the last attention."""
 
 from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from megatron_glmv.sequence.shard import trained_indices
+from megatron_glmv.sequence.packed import PADDING_DOCUMENT, Document, pack
+from megatron_glmv.sequence.shard import context_indices, trained_indices
+
+
+@pytest.mark.parametrize("context", range(2, 9))
+def test_a_row_with_padding_is_cut_for_any_number_of_context_ranks(context: int) -> None:
+    align = 2 * context
+    documents = [Document(np.arange(1, size), np.ones(size - 1), (), f"{size}") for size in (30, 7, 101)]
+    row = pack(documents, 100 * align, image_token=-1, pad_token=0, align=align)
+    assert sum(row.document_lengths) == 100 * align
+    assert max(row.document_lengths[3:]) <= PADDING_DOCUMENT
+    shares = [context_indices(row.document_lengths, context, rank) for rank in range(context)]
+    assert {len(share) for share in shares} == {200}
+    assert torch.cat(shares).sort().values.equal(torch.arange(100 * align))
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 4])

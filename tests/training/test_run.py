@@ -98,6 +98,21 @@ def test_another_data_parallel_size_sees_the_same_batches(whole: Path, tmp_path:
     assert (run / "checkpoints" / f"step_{STEPS:08d}" / "meta.json").is_file()
 
 
+def test_a_larger_global_batch_goes_on_behind_the_rows_read(whole: Path, tmp_path: Path, data: Path) -> None:
+    run, name = tmp_path / "run", f"step_{2 * EVERY:08d}"
+    shutil.copytree(whole / "checkpoints" / name, run / "checkpoints" / name)
+    file = config_file(tmp_path, "run", data / "good", steps=2 * EVERY + 1, global_batch_rows=8, parallel={"tensor": 1})
+    code, output = train(file, 1)
+    assert code == 0, output
+    assert "a step takes 8 rows, not 4: going on at row 32 of the order of the data" in output
+    assert "is another one" not in output
+    reference = steps_of(whole)
+    assert steps_of(run)[9][2] == reference[9][2] + reference[10][2], "the rows of two steps as they were"
+    code, output = train(file, 1, f"steps={2 * EVERY + 2}", "seed=3")
+    assert code == 0, output
+    assert "rows may come again or be left out: seed is 3, not 1234" in output
+
+
 def test_an_undecodable_picture_is_named_counted_and_not_trained(tmp_path: Path, data: Path) -> None:
     file = config_file(tmp_path, "run", data / "broken", steps=6)
     code, output = train(file, 2, "data.shuffle=false")
