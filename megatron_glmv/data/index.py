@@ -6,7 +6,9 @@ Written last, so its presence means that the data set is complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -17,10 +19,16 @@ from megatron_glmv.config.base import Config, ConfigError, InputError, validate
 from megatron_glmv.config.model import ModelShape
 
 FORMAT: Final = "glmv-packed-rows"
-VERSION: Final = 2
+VERSION: Final = 3
 INDEX = "index.json"
-COLUMNS = ("offset", "head_bytes", "total_bytes", "tokens", "patches", "trained", "squared_tokens", "squared_patches")
-"""Columns of a shard's rows.npy; the last two are sums of squares over documents and over frames, for costs."""
+COLUMNS = (
+    "offset", "head_bytes", "total_bytes", "head_crc32",
+    "tokens", "patches", "trained", "squared_tokens", "squared_patches",
+)  # fmt: skip
+"""Columns of a shard's rows.npy; the last two are sums of squares over documents and over frames, for costs. The CRC is that of
+the contents of the row's JSON, tokens and weights; media have their own in the JSON."""
+HEAD_MEMBERS = ("json", "tokens.npy", "weights.npy")
+"""What a row's members end in that come before its media."""
 REPACK = "pack the data set again with `glmv-data pack`"
 
 
@@ -56,7 +64,7 @@ class PackedIndex(Config):
     """The contents of index.json: what a data set was packed for, and its shards. Written last: its presence means complete."""
 
     format: Literal["glmv-packed-rows"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     length: int = Field(ge=8)
     """Tokens of a row, the rounding of documents to `align` included."""
     align: int = Field(ge=1)
@@ -71,6 +79,11 @@ class PackedIndex(Config):
     patch_size: int = 14
     merge_size: int = 2
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+
+def join_crc32(contents: Iterable[bytes]) -> int:
+    """The CRC-32 of several contents behind each other."""
+    return reduce(lambda found, content: zlib.crc32(content, found), contents, 0)
 
 
 def read_index(folder: Path) -> PackedIndex:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_glmv.data.index import COLUMNS, INDEX, REPACK, ShardEntry, ShardError, read_index
+from megatron_glmv.data.index import COLUMNS, HEAD_MEMBERS, INDEX, REPACK, ShardEntry, ShardError, join_crc32, read_index
 from megatron_glmv.data.media import Media, parse_media
 from megatron_glmv.sequence.packed import Document
 
@@ -100,14 +100,14 @@ class ShardReader:
             ShardError: the shard changed since it was opened, or the row's members are not what the index says.
         """
         shard, local = self._locate(row)
-        offset, head, total = (int(value) for value in self._table(shard)[local, :3])
+        offset, head, total, crc32 = (int(value) for value in self._table(shard)[local, :4])
         size = total if media else head
         where = f"{self.folder / self.index.shards[shard].file}, row {row}"
         data = self._file(shard).read(offset, size)
         if len(data) != size:
             raise ShardError(f"{where}: only {len(data)} of {size} bytes are there; copy the shard again or {REPACK}")
         try:
-            return _parse_row(dict(_members(data)), media)
+            return _parse_row(dict(_members(data)), crc32, media)
         except (ValueError, KeyError, TypeError, tarfile.TarError) as error:
             raise ShardError(f"{where}: not a packed row ({error}); copy the shard again or {REPACK}") from None
 
@@ -209,11 +209,13 @@ def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
         start += -(-header.size // BLOCK) * BLOCK
 
 
-def _parse_row(members: dict[str, bytes], with_media: bool) -> StoredRow:
+def _parse_row(members: dict[str, bytes], crc32: int, with_media: bool) -> StoredRow:
     number = next(iter(members)).removesuffix(".json")
-    tree = json.loads(members[f"{number}.json"])
-    tokens = np.load(io.BytesIO(members[f"{number}.tokens.npy"]), allow_pickle=False)
-    weights = np.load(io.BytesIO(members[f"{number}.weights.npy"]), allow_pickle=False)
+    contents = [members[f"{number}.{suffix}"] for suffix in HEAD_MEMBERS]
+    if join_crc32(contents) != crc32:
+        raise ValueError("its bytes are not those written")
+    tree = json.loads(contents[0])
+    tokens, weights = (np.load(io.BytesIO(content), allow_pickle=False) for content in contents[1:])
     documents: list[Document] = []
     media: list[tuple[Media, ...]] = []
     start = 0

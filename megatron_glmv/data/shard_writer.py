@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_glmv.data.index import COLUMNS, INDEX, PackedIndex, ShardEntry, ShardError, write_index
+from megatron_glmv.data.index import COLUMNS, HEAD_MEMBERS, INDEX, PackedIndex, ShardEntry, ShardError, join_crc32, write_index
 from megatron_glmv.data.media import Clip, Picture, describe
+from megatron_glmv.run_folder.checkpoint_folder import sync
 from megatron_glmv.sequence.grid import PixelLimits
 from megatron_glmv.sequence.packed import Document
 
@@ -122,13 +123,13 @@ class ShardWriter:
         tokens = np.concatenate([document.tokens for document in documents]).astype(np.int32)
         weights = np.concatenate([document.loss_weights for document in documents]).astype(np.float32)
         start = self._tar.offset
-        self._add(f"{number}.json", json.dumps({"key": f"row-{number}", "documents": listed}).encode())
-        self._add(f"{number}.tokens.npy", _npy(tokens))
-        self._add(f"{number}.weights.npy", _npy(weights))
+        contents = (json.dumps({"key": f"row-{number}", "documents": listed}).encode(), _npy(tokens), _npy(weights))
+        for suffix, data in zip(HEAD_MEMBERS, contents, strict=True):
+            self._add(f"{number}.{suffix}", data)
         head = self._tar.offset - start
         for name, data in members:
             self._add(name, data)
-        self._rows.append((start, head, self._tar.offset - start, *_measure(documents)))
+        self._rows.append((start, head, self._tar.offset - start, join_crc32(contents), *_measure(documents)))
         self.num_rows += 1
         self.num_samples += len(documents)
         self.num_tokens += len(tokens)
@@ -183,6 +184,8 @@ class ShardWriter:
         partial = index.with_suffix(".partial")
         with partial.open("wb") as file:
             np.save(file, np.array(self._rows, dtype=np.int64))
+        for written in (self._path("tar"), partial):
+            sync(written)
         partial.rename(index)
         self._list_shard(len(self._rows))
         self._rows = []

@@ -7,18 +7,20 @@ import hashlib
 import json
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_glmv.config.data import DataConfig, SourceConfig
 from megatron_glmv.data import row_media
 from megatron_glmv.data.images import EncodedPicture, PictureDecoder
-from megatron_glmv.data.index import ShardError
+from megatron_glmv.data.index import COLUMNS, HEAD_MEMBERS, ShardError, join_crc32
 from megatron_glmv.data.loader import DataError, RowStream, StepRows
 from megatron_glmv.data.media import Clip, Picture
 from megatron_glmv.data.shard_reader import ShardReader
@@ -402,8 +404,15 @@ def test_a_row_that_contradicts_itself_names_its_sample(open_stream, tmp_path):
     wrong = [Picture(measure(encode(draw(60, 100))).data, "png", 60, 100)]
     write_rows(tmp_path / "set", 2, pictures=lambda row, number: wrong)
     reader = ShardReader(tmp_path / "set")
-    path = tmp_path / "set" / reader.index.shards[0].file
+    shard = reader.index.shards[0]
+    path, index = tmp_path / "set" / shard.file, tmp_path / "set" / shard.index
     path.write_bytes(path.read_bytes().replace(b'"frames": [[4, 8]]', b'"frames": [[4, 6]]'))
+    table = np.load(index)
+    with tarfile.open(path) as tar:
+        for row in range(2):
+            contents = [tar.extractfile(f"{row:08d}.{suffix}").read() for suffix in HEAD_MEMBERS]
+            table[row, COLUMNS.index("head_crc32")] = join_crc32(contents)
+    np.save(index, table)
     with pytest.raises(RowError, match=r"row 'set/row-00000000', sample 's-0-0': a run of 8 visual tokens"):
         open_stream([SourceConfig(name="set", path=tmp_path / "set")], shuffle=False).step(0)
 

@@ -147,7 +147,7 @@ def test_a_row_outside_is_an_index_error(folder):
         ("index.json", lambda path: path.unlink(), r"index\.json: no such file.*glmv-data pack"),
         ("index.json", lambda path: path.write_text("{"), r"index\.json: not JSON"),
         ("index.json", lambda path: path.write_text("[]"), r"index\.json: format and version are None"),
-        ("index.json", lambda path: path.write_text(path.read_text().replace('"version": 2', '"version": 1')),
+        ("index.json", lambda path: path.write_text(path.read_text().replace('"version": 3', '"version": 1')),
          r"index\.json: format and version are \('glmv-packed-rows', 1\)"),
         ("index.json", lambda path: path.write_text(path.read_text().replace('"length"', '"size"')), r"index\.json: .*length"),
         ("index.json", lambda path: path.write_text(path.read_text().replace('"num_rows": 8', '"num_rows": 9')),
@@ -185,6 +185,22 @@ def test_a_shard_that_changes_under_a_reader(folder):
     shard.write_bytes(bytes(read_index(folder).shards[0].size_bytes))
     with pytest.raises(ShardError, match=r"shard-00000\.tar, row 1: not a packed row .* copy the shard again"):
         reader.read(1)
+
+
+@pytest.mark.parametrize("member", ["json", "tokens.npy", "weights.npy"])
+def test_one_flipped_bit_in_what_is_trained_is_found(folder, member):
+    """Media have checksums of their own, and a picture that does not decode is masked; a token would be trained on as it is."""
+    shard = folder / read_index(folder).shards[0].file
+    with tarfile.open(shard) as tar:
+        found = tar.getmember(f"00000001.{member}")
+        place = found.offset_data + found.size - 2
+    damaged = bytearray(shard.read_bytes())
+    damaged[place] ^= 1
+    shard.write_bytes(damaged)
+    reader = ShardReader(folder)
+    reader.read(0)
+    with pytest.raises(ShardError, match=r"shard-00000\.tar, row 1: not a packed row \(its bytes are not those written\)"):
+        reader.read(1, media=False)
 
 
 def test_an_unfinished_data_set_is_no_data_set(tmp_path):
