@@ -1,11 +1,12 @@
-"""What FP8 products ask of shapes and of the device, as rules that need neither.
+"""What Transformer Engine asks of the device, and FP8 products of shapes, as rules that need neither.
 
 Transformer Engine asserts these deep inside a layer, or in cuBLAS; here they are one line before the run starts.
 
 Source: Transformer Engine 2.11: pytorch/utils.py (`assert_dim_for_fp8_exec`, `assert_dim_for_all_gather`),
 common/gemm/cublaslt_gemm.cu (`CanonicalizeGemmInput`: leading dimensions of operands are multiples of 16, and the weight's
 gradient has tokens as one), pytorch/tensor/float8_blockwise_tensor.py (`is_quantizable`: what is gathered among tensor ranks is
-cut into blocks of 128 both ways), pytorch/quantization.py (`check_fp8_support`, `check_fp8_block_scaling_support`).
+cut into blocks of 128 both ways), pytorch/quantization.py (`check_fp8_support`, `check_fp8_block_scaling_support`),
+common/fused_attn/fused_attn.cpp (thd from sm_90 on), pytorch/attention/dot_product_attention/utils.py (not on sm_120).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ FP8_MULTIPLE = 16
 """Tokens, and widths on one rank, of an FP8 product."""
 BLOCK = 128
 """Side of a block of scales; what tensor ranks gather in block scaling comes in whole blocks."""
+PACKED_CAPABILITY, UNPACKED_CAPABILITY = (9, 0), (12, 0)
+"""Least compute capability for cuDNN's attention over packed rows (Hopper), and the one above it that lacks it."""
 FP8_CAPABILITY, BLOCK_CAPABILITY, BLOCK_CUDA = (8, 9), (9, 0), (12, 9)
 """Least compute capability for FP8 products (Ada), for block scaling (Hopper), and the CUDA version that has the latter."""
 
@@ -35,12 +38,21 @@ class Hardware:
         capability: compute capability of the CUDA device; None: there is none.
         cuda: CUDA version that torch was built for.
         has_te: whether Transformer Engine can be imported.
+        has_flash_attention: whether flash-attn can be imported, which Transformer Engine then uses.
     """
 
     name: str
     capability: tuple[int, int] | None
     cuda: tuple[int, int] | None
     has_te: bool
+    has_flash_attention: bool = False
+
+    @property
+    def attends_packed_rows(self) -> bool:
+        """Whether Transformer Engine has fused attention over packed rows; without, it pads each segment to the longest."""
+        if self.capability is None:
+            return False
+        return self.has_flash_attention or (self.capability >= PACKED_CAPABILITY and self.capability != UNPACKED_CAPABILITY)
 
 
 class Usable(NamedTuple):
@@ -52,10 +64,10 @@ class Usable(NamedTuple):
 
 
 def usable_precision(precision: PrecisionConfig, hardware: Hardware) -> Usable:
-    """Replace recipes that the device cannot compute: block by current, all by bf16.
+    """Replace what the device cannot compute: block scaling by current, FP8 by bf16, Transformer Engine's layers by torch's.
 
     Raises:
-        ConfigError: ``layers: te`` where there is no CUDA device or no Transformer Engine.
+        ConfigError: ``layers: te`` where there is no CUDA device, no Transformer Engine, or no attention over packed rows.
     """
     te = hardware.has_te and hardware.capability is not None
     if precision.layers == "te" and not te:
@@ -64,6 +76,12 @@ def usable_precision(precision: PrecisionConfig, hardware: Hardware) -> Usable:
         )
     changes: dict[str, Any] = {}
     notes = []
+    if te and precision.layers_on_gpu == "te" and not hardware.attends_packed_rows:
+        reason = f"on {hardware.name} Transformer Engine attends over packed rows with flash-attn only, which is not installed"
+        if precision.layers == "te":
+            raise ConfigError(f"precision.layers: {reason}; install it, or use auto")
+        changes["layers"] = "torch"
+        notes.append(f"precision.layers: {reason}; going on with torch's layers")
     for tower, recipe in (("text", precision.fp8_text), ("vision", precision.fp8_vision)):
         usable, reason = _usable_recipe(recipe, hardware)
         if usable == recipe:
@@ -85,6 +103,8 @@ def _usable_recipe(recipe: Recipe, hardware: Hardware) -> tuple[Recipe, str]:
     if not hardware.has_te:
         return "off", "needs Transformer Engine, which is not installed (the gpu extra has it)"
     here = f"{hardware.name} has {'.'.join(map(str, hardware.capability))}"
+    if not hardware.attends_packed_rows:
+        return "off", "needs Transformer Engine's layers"
     if hardware.capability < FP8_CAPABILITY:
         return "off", f"needs compute capability {'.'.join(map(str, FP8_CAPABILITY))}, {here}"
     if recipe == "block" and hardware.capability < BLOCK_CAPABILITY:

@@ -214,12 +214,16 @@ class PrecisionConfig(Config):
         return self.fp8_text != "off" or self.fp8_vision != "off"
 
     @model_validator(mode="after")
-    def _fp8_needs_te(self) -> PrecisionConfig:
+    def _te_goes_with_its_formats(self) -> PrecisionConfig:
         if self.uses_fp8:
             if self.layers == "torch":
                 raise ValueError("fp8_text / fp8_vision: FP8 needs Transformer Engine; set layers to te or auto")
             if self.dtype != "bf16":
                 raise ValueError("fp8_text / fp8_vision: FP8 needs dtype bf16")
+        if self.layers == "te" and self.dtype != "bf16":
+            raise ValueError(
+                "layers: Transformer Engine attends over packed rows in 16 bits only; set dtype bf16, or layers auto"
+            )
         return self
 
     @model_validator(mode="after")

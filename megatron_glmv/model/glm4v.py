@@ -122,7 +122,7 @@ class Glm4vModel(MegatronModule):
             return hidden
         logits = self.language_model.logits(hidden)
         if temperature != 1.0:
-            logits = logits / temperature
+            logits = logits.float() / temperature  # as engines do: not rounded twice
         if return_logits:
             return logits
         if entropy == "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def hardware() -> Hardware:
         capability=torch.cuda.get_device_capability() if platform.has_cuda() else None,
         cuda=(int(cuda.split(".")[0]), int(cuda.split(".")[1])) if cuda else None,
         has_te=HAVE_TE,
+        has_flash_attention=find_spec("flash_attn") is not None,
     )
 
 
@@ -52,7 +54,7 @@ def layer_kind(precision: PrecisionConfig) -> str:
     Raises:
         ConfigError: Transformer Engine is asked for by name and cannot run here.
     """
-    usable_precision(precision, hardware())
+    precision = usable_precision(precision, hardware()).precision
     if precision.layers == "auto" and not (HAVE_TE and platform.has_cuda()):
         return "torch"
     return precision.layers_on_gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ FALLBACKS = [
 @pytest.mark.parametrize(("device", "recipe", "usable", "reason"), FALLBACKS, ids=[f"{c[0]} {c[1]}" for c in FALLBACKS])
 @pytest.mark.parametrize("tower", ["text", "vision"])
 def test_a_device_without_the_recipe_is_one_line(device: Any, recipe: str, usable: str, reason: str, tower: str) -> None:
-    hardware = Hardware("a device", *device, has_te=True)
+    hardware = Hardware("a device", *device, has_te=True, has_flash_attention=True)
     asked = PrecisionConfig.model_validate({f"fp8_{tower}": recipe})
     found, notes = usable_precision(asked, hardware)
     assert getattr(found, f"fp8_{tower}") == usable
@@ -55,8 +56,28 @@ def test_auto_takes_transformer_engine_in_bf16_alone() -> None:
     """In fp32 it has no fused attention: it would pad every segment to the longest."""
     assert PrecisionConfig().layers_on_gpu == "te"
     assert PrecisionConfig(dtype="fp32").layers_on_gpu == "torch"
-    assert PrecisionConfig(dtype="fp32", layers="te").layers_on_gpu == "te"
     assert PrecisionConfig(layers="torch").layers_on_gpu == "torch"
+    with pytest.raises(ValueError, match="16 bits only; set dtype bf16, or layers auto"):
+        PrecisionConfig(dtype="fp32", layers="te")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_without_attention_over_packed_rows_torchs_layers_are_taken_in_one_line(capability: tuple[int, int]) -> None:
+    bare = Hardware("a device", capability, CUDA_13, has_te=True)
+    found, [note] = usable_precision(PrecisionConfig(), bare)
+    assert (found.layers, found.uses_fp8) == ("torch", False)
+    assert note == (
+        "precision.layers: on a device Transformer Engine attends over packed rows with flash-attn only, which is not "
+        "installed; going on with torch's layers"
+    )
+    found, notes = usable_precision(PrecisionConfig(fp8_text="current", fp8_vision="block"), bare)
+    assert found == PrecisionConfig(layers="torch")
+    assert len(notes) == 3
+    with pytest.raises(ConfigError, match=r"^precision\.layers: on a device .* install it, or use auto"):
+        usable_precision(PrecisionConfig(layers="te"), bare)
+    for packed in (Hardware("h100", (9, 0), CUDA_13, has_te=True), replace(bare, has_flash_attention=True)):
+        assert usable_precision(PrecisionConfig(layers="te"), packed) == (PrecisionConfig(layers="te"), ())
+        assert usable_precision(PrecisionConfig(), packed) == (PrecisionConfig(), ())
 
 
 def config(parallel: dict[str, Any], precision: dict[str, Any], length: int = 8192, preset: str = "glm-4.1v-9b") -> TrainConfig:

@@ -129,3 +129,19 @@ def test_labels_are_what_transformer_engine_takes() -> None:
     assert losses.shape == (1, 5)
     assert taken[0].stride() == (1, 1)
     assert taken[0].flatten().tolist() == [3, 1, 4, 1, 5]
+
+
+def test_a_temperature_divides_in_float32() -> None:
+    """Divided in bf16, log-probabilities would be those of logits rounded twice."""
+    from megatron_glmv.model.glm4v import Glm4vModel
+
+    class Decoder:
+        def __call__(self, hidden: Any, inputs: Any) -> None: ...
+
+        def logits(self, hidden: Any) -> torch.Tensor:
+            return torch.linspace(-9, 9, 64, dtype=torch.bfloat16).view(4, 1, 16)
+
+    chunk = SimpleNamespace(pre_process=False, post_process=True, language_model=Decoder())
+    found = Glm4vModel.forward(chunk, None, return_logits=True, temperature=0.7)
+    assert found.dtype == torch.float32
+    assert found.equal(Decoder().logits(None).float() / 0.7)
