@@ -2,7 +2,8 @@
 
 What learns lies in buffers, one a model chunk, in reverse order of registration. With the distributed optimizer parameters
 start at multiples of 64 elements and buckets end at multiples of 128 and of the ranks that share the state; each of those ranks
-keeps the fp32 copy and both moments of its even share of every bucket.
+keeps the fp32 copy and both moments of its even share of every bucket. The order is that of the torch spec; Transformer
+Engine's layers register a norm before the matrix behind it, which moves bucket ends and padding by some hundred elements.
 
 Source: megatron-core 0.16.1, distributed/param_and_grad_buffer.py (`_ParamAndGradBuffer`), distributed/
 distributed_data_parallel.py (bucket size), optimizer/distrib_optimizer.py (`_build_model_gbuf_param_range_map`).
