@@ -66,8 +66,9 @@ class VideoDecoder:
         patch: int = 14,
         merge: int = 2,
         stream: torch.cuda.Stream | None = None,
+        by_dali: bool | None = None,
     ) -> None:
-        """Start the resizing threads.
+        """Prepare the way that videos go: DALI's, or PyAV's and the resizing threads'.
 
         Args:
             device: where frames are decoded and resized; the patches stay there. "gpu" is torch's current CUDA device.
@@ -75,11 +76,19 @@ class VideoDecoder:
             patch: side of a patch in pixels.
             merge: patches a side of one token.
             stream: on a GPU the one to work on; None makes one.
+            by_dali: let DALI decode, which knows few codecs on the CPU; None: on a GPU.
         """
         self._num_threads, self._patch, self._merge = num_threads, patch, merge
         self._gpu = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else None
         self._stream = (stream or torch.cuda.Stream(self._gpu)) if self._gpu else None
-        self._pool = ThreadPoolExecutor(num_threads, "frames") if self._gpu is None else None
+        self._context = None
+        if by_dali or (by_dali is None and self._gpu):
+            # Once, because DALI's operators and the context that keeps them refer to each other: only the garbage collector
+            # would free those of each video.
+            self._context = ndd.EvalContext(
+                num_threads=num_threads, device_id=self._gpu.index if self._gpu else None, cuda_stream=self._stream
+            )
+        self._pool = ThreadPoolExecutor(num_threads, "frames") if self._context is None else None
 
     def decode(self, video: EncodedVideo, into: Tensor | None = None) -> Tensor | BadMedia:
         """The patches of a video's frames, or why there are none.
@@ -97,7 +106,7 @@ class VideoDecoder:
             into = torch.empty(size, dtype=torch.uint8, device=self._gpu)
         try:
             if self._pool is None:
-                self._decode_gpu(video, into)
+                self._decode_dali(video, into)
             else:
                 self._decode_cpu(video, into, self._pool)
             return into
@@ -137,15 +146,15 @@ class VideoDecoder:
     def _resize(self, frame: VideoFrame, size: tuple[int, int]) -> Tensor:
         return resize(torch.from_numpy(frame.to_ndarray(format="rgb24")), size)
 
-    def _decode_gpu(self, video: EncodedVideo, into: Tensor) -> None:
-        assert self._gpu is not None
-        assert self._stream is not None
-        context = ndd.EvalContext(num_threads=self._num_threads, device_id=self._gpu.index, cuda_stream=self._stream)
+    def _decode_dali(self, video: EncodedVideo, into: Tensor) -> None:
+        assert self._context is not None
         slots = into.chunk(len(video.frame_indices))
-        with context, torch.cuda.stream(self._stream):
-            for slot, patches in zip(slots, dali_frames(video, "gpu", self._patch, self._merge), strict=True):
+        with self._context, torch.cuda.stream(self._stream):
+            pieces = dali_frames(video, "gpu" if self._gpu else "cpu", self._patch, self._merge)
+            for slot, patches in zip(slots, pieces, strict=True):
                 slot.copy_(patches)
-        self._stream.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def dali_frames(video: EncodedVideo, device: Literal["cpu", "gpu"], patch: int, merge: int) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from functools import cache
 
@@ -9,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.experimental.dynamic import _ops
 
 from megatron_glmv.data import video_frames
 from megatron_glmv.data.media import BadMedia
@@ -171,6 +173,38 @@ def test_the_way_over_dali_takes_the_same_frames(decoder, monkeypatch):
         nearest = video.frame_indices[int(distances[row].argmin())]
         assert nearest == place
     assert distances.diagonal().max() < 4
+
+
+@pytest.fixture
+def by_dali():
+    """A decoder that goes the way of a GPU, on DALI's CPU backend."""
+    opened = VideoDecoder(by_dali=True)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def uncollected():
+    """No garbage is collected while the test runs, as hardly any is in training, whose heap is frozen."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
+
+
+def alive(kind: type) -> int:
+    return sum(isinstance(thing, kind) for thing in gc.get_objects())
+
+
+def test_dali_keeps_its_operators_from_video_to_video(by_dali, uncollected):
+    """Two, one that decodes and one that resizes, whatever the videos' sizes and numbers of frames."""
+    before = alive(_ops.Operator)
+    vp9 = clips()["webm-vp9"]
+    for last in range(1, 11):
+        resized = (28 * (1 + last % 3), 84)
+        assert isinstance(by_dali.decode(EncodedVideo(vp9, resized, (60, 100), tuple(range(last)))), torch.Tensor)
+    assert alive(_ops.Operator) - before == 2
 
 
 @pytest.mark.gpu
