@@ -160,6 +160,9 @@ class VideoDecoder:
 def dali_frames(video: EncodedVideo, device: Literal["cpu", "gpu"], patch: int, merge: int) -> Iterator[Tensor]:
     """Patches of a video in pieces that hold GPU_BYTES of decoded frames at most, by DALI alone.
 
+    A batch is asked for its shape and pixels as a whole: a batch and the tensors of its samples refer to each other, so that
+    only the garbage collector would free the frames.
+
     Raises:
         RuntimeError: DALI cannot decode it.
         VideoError: the frames have another size than measured.
@@ -173,14 +176,16 @@ def dali_frames(video: EncodedVideo, device: Literal["cpu", "gpu"], patch: int, 
         with ndd.EvalMode.sync_full:
             data = ndd.as_batch([np.frombuffer(video.data, dtype=np.uint8)])
             frames = ndd.decoders.video(data, device=device, frames=unique[start : start + piece])
-            found = tuple(frames.tensors[0].shape[1:3])
+            found = tuple(frames.shape[0][1:3])
             if found != video.size:
                 raise VideoError(f"decodes to {found[0]} x {found[1]} pixels, {height} x {width} were measured")
             if found != video.resized:
                 frames = ndd.resize(frames, size=target, interp_type=types.INTERP_CUBIC, antialias=True)
-            for pixels in frames.tensors[0].torch():
+            for pixels in frames.torch()[0]:
                 last = cut_patches(pixels, patch, merge)
                 yield last
+            if device == "gpu":
+                torch.cuda.current_stream().synchronize()  # the frames are DALI's again, and are still read until then
     yield from [last] * (len(video.frame_indices) - len(unique))
 
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import av
 import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
 import pytest
 import torch
 from nvidia.dali.experimental.dynamic import _ops
@@ -205,6 +206,19 @@ def test_dali_keeps_its_operators_from_video_to_video(by_dali, uncollected):
         resized = (28 * (1 + last % 3), 84)
         assert isinstance(by_dali.decode(EncodedVideo(vp9, resized, (60, 100), tuple(range(last)))), torch.Tensor)
     assert alive(_ops.Operator) - before == 2
+
+
+def test_dalis_frames_are_freed_with_their_video(by_dali, uncollected, monkeypatch):
+    """Also where they are decoded in several pieces, with and without a resize, or are of another size than measured."""
+    monkeypatch.setattr(video_frames, "GPU_BYTES", 2 * 3 * 60 * 100)
+    video = planned(clips()["webm-vp9"])[1]
+    before = alive(ndd.Batch)
+    same = clip(9, 56, 84, codec="libvpx-vp9", form="webm")
+    for kind in (video, whole(planned(same)[1])):
+        assert isinstance(by_dali.decode(kind), torch.Tensor)
+    wrong = by_dali.decode(EncodedVideo(video.data, video.resized, (100, 60), video.frame_indices))
+    assert wrong == BadMedia("decodes to 60 x 100 pixels, 100 x 60 were measured")
+    assert alive(ndd.Batch) == before
 
 
 @pytest.mark.gpu
