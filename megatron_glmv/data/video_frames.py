@@ -3,7 +3,8 @@
 On the CPU PyAV (FFmpeg) decodes, because DALI's CPU build knows neither H.264 nor H.265. Decoding jumps to the last key frame
 before each wanted frame, every frame is resized as soon as it is there, by the kernel that resizes pictures, and only a few
 frames of full size exist at a time, however long the video is. On a GPU DALI decodes (NVDEC) and resizes, some frames at a
-time. The GPU way has not run on hardware; its calls run in the tests on the CPU, with a codec that DALI decodes there.
+time; what it refuses, such as a codec that NVDEC does not know, goes the way of the CPU. The GPU way has not run on hardware;
+its calls run in the tests on the CPU, with codecs that DALI decodes there and that it refuses.
 
 The pixels are those of transformers' `read_video_pyav`: FFmpeg's conversion to RGB, a rotation of the display not applied.
 
@@ -12,6 +13,7 @@ Source: transformers 5.23.0, video_utils.py (`read_video_pyav`); PyAV 18.1.0; nv
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -68,7 +70,7 @@ class VideoDecoder:
         stream: torch.cuda.Stream | None = None,
         by_dali: bool | None = None,
     ) -> None:
-        """Prepare the way that videos go: DALI's, or PyAV's and the resizing threads'.
+        """Prepare DALI where it decodes, and the resizing threads.
 
         Args:
             device: where frames are decoded and resized; the patches stay there. "gpu" is torch's current CUDA device.
@@ -81,6 +83,7 @@ class VideoDecoder:
         self._num_threads, self._patch, self._merge = num_threads, patch, merge
         self._gpu = torch.device("cuda", torch.cuda.current_device()) if device == "gpu" else None
         self._stream = (stream or torch.cuda.Stream(self._gpu)) if self._gpu else None
+        self._warned = False
         self._context = None
         if by_dali or (by_dali is None and self._gpu):
             # Once, because DALI's operators and the context that keeps them refer to each other: only the garbage collector
@@ -88,7 +91,7 @@ class VideoDecoder:
             self._context = ndd.EvalContext(
                 num_threads=num_threads, device_id=self._gpu.index if self._gpu else None, cuda_stream=self._stream
             )
-        self._pool = ThreadPoolExecutor(num_threads, "frames") if self._context is None else None
+        self._pool = ThreadPoolExecutor(num_threads, "frames")
 
     def decode(self, video: EncodedVideo, into: Tensor | None = None) -> Tensor | BadMedia:
         """The patches of a video's frames, or why there are none.
@@ -105,22 +108,21 @@ class VideoDecoder:
             size = (len(video.frame_indices) * height * width // self._patch**2, 3 * self._patch**2)
             into = torch.empty(size, dtype=torch.uint8, device=self._gpu)
         try:
-            if self._pool is None:
-                self._decode_dali(video, into)
+            if self._context is None:
+                self._decode_cpu(video, into)
             else:
-                self._decode_cpu(video, into, self._pool)
+                self._decode_dali(video, into, self._context)
             return into
         except VideoError as error:
             return BadMedia(str(error))
         except RuntimeError as error:
-            return BadMedia(f"does not decode ({' '.join(str(error).split())[:200]})")
+            return BadMedia(f"does not decode ({_line(error)})")
 
     def close(self) -> None:
         """End the resizing threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
-    def _decode_cpu(self, video: EncodedVideo, into: Tensor, pool: ThreadPoolExecutor) -> None:
+    def _decode_cpu(self, video: EncodedVideo, into: Tensor) -> None:
         slots = into.view(len(video.frame_indices), -1, into.shape[1])
         places: dict[int, list[int]] = {}
         for place, index in enumerate(video.frame_indices):
@@ -136,7 +138,7 @@ class VideoDecoder:
             for index, frame in _read_frames(video, self._num_threads):
                 if len(waiting) > self._num_threads:
                     waiting.popleft().result()
-                waiting.append(pool.submit(finish, frame, index))
+                waiting.append(self._pool.submit(finish, frame, index))
         finally:
             for future in waiting:
                 future.exception()
@@ -146,15 +148,29 @@ class VideoDecoder:
     def _resize(self, frame: VideoFrame, size: tuple[int, int]) -> Tensor:
         return resize(torch.from_numpy(frame.to_ndarray(format="rgb24")), size)
 
-    def _decode_dali(self, video: EncodedVideo, into: Tensor) -> None:
-        assert self._context is not None
-        slots = into.chunk(len(video.frame_indices))
-        with self._context, torch.cuda.stream(self._stream):
-            pieces = dali_frames(video, "gpu" if self._gpu else "cpu", self._patch, self._merge)
-            for slot, patches in zip(slots, pieces, strict=True):
-                slot.copy_(patches)
+    def _decode_dali(self, video: EncodedVideo, into: Tensor, context: ndd.EvalContext) -> None:
+        """By DALI, and what that refuses on the CPU."""
+        try:
+            slots = into.chunk(len(video.frame_indices))
+            with context, torch.cuda.stream(self._stream):
+                pieces = dali_frames(video, "gpu" if self._gpu else "cpu", self._patch, self._merge)
+                for slot, patches in zip(slots, pieces, strict=True):
+                    slot.copy_(patches)
+        except RuntimeError as error:
+            patches = torch.empty(into.shape, dtype=torch.uint8)
+            self._decode_cpu(video, patches)
+            with torch.cuda.stream(self._stream):
+                into.copy_(patches)
+            self._warn(error)
         if self._stream is not None:
             self._stream.synchronize()
+
+    def _warn(self, error: RuntimeError) -> None:
+        """Say once that the CPU has work that was given to the GPU."""
+        if not self._warned:
+            self._warned = True
+            reason = f"DALI refuses a video that the CPU decodes ({_line(error)})"
+            print(f"glmv: warning: {reason}; such videos are decoded on the CPU", file=sys.stderr, flush=True)
 
 
 def dali_frames(video: EncodedVideo, device: Literal["cpu", "gpu"], patch: int, merge: int) -> Iterator[Tensor]:
@@ -283,3 +299,7 @@ def _checked(frame: VideoFrame, video: EncodedVideo) -> VideoFrame:
         height, width = video.size
         raise VideoError(f"decodes to {frame.height} x {frame.width} pixels, {height} x {width} were measured")
     return frame
+
+
+def _line(error: RuntimeError) -> str:
+    return " ".join(str(error).split())[:200]

@@ -221,6 +221,29 @@ def test_dalis_frames_are_freed_with_their_video(by_dali, uncollected, monkeypat
     assert alive(ndd.Batch) == before
 
 
+REFUSED = clip(9, codec="ffv1", form="matroska")
+"""A video that DALI decodes on no device."""
+
+
+def test_what_dali_refuses_is_decoded_on_the_cpu(by_dali, decoder, capsys):
+    """Its CPU backend does not know MPEG-4, as NVDEC does not know other codecs. Only the first such video gets a line."""
+    for data, is_refused in ((clips()["mp4-mpeg4"], True), (REFUSED, True), (clips()["webm-vp9"], False)):
+        video = planned(data)[1]
+        into = torch.zeros_like(decoder.decode(video))
+        assert by_dali.decode(video, into) is into
+        assert torch.equal(into, decoder.decode(video)) == is_refused
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("glmv: warning: DALI refuses a video that the CPU decodes (")
+    assert line.endswith("); such videos are decoded on the CPU")
+
+
+@pytest.mark.parametrize("kind", broken_clips())
+def test_what_nobody_decodes_is_named_as_on_the_cpu(by_dali, decoder, kind, capsys):
+    video = EncodedVideo(broken_clips()[kind], (56, 84), (60, 100), (0, 5, 10, 15))
+    assert by_dali.decode(video) == decoder.decode(video)
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_a_gpu_agrees(decoder):
     gpu = VideoDecoder("gpu")
@@ -228,4 +251,6 @@ def test_a_gpu_agrees(decoder):
         video = planned(clips()[kind])[1]
         difference = (gpu.decode(video).cpu().int() - decoder.decode(video).int()).abs()
         assert difference.float().mean() < 4
+    refused = planned(REFUSED)[1]
+    assert torch.equal(gpu.decode(refused).cpu(), decoder.decode(refused))
     assert isinstance(gpu.decode(EncodedVideo(b"no video", (56, 84), (60, 100), (0, 1))), BadMedia)
