@@ -1,8 +1,8 @@
 """Picture files before they are packed: their size as transformers sees it, and which of them DALI reads otherwise.
 
 Decided when a data set is packed, so that the loader finds only files that decode alike everywhere: a picture's EXIF
-orientation becomes a number of its entry, and a GIF, an AVIF or a picture of 16 bits a channel becomes the PNG of what Pillow
-makes of it.
+orientation becomes a number of its entry, and a GIF, an AVIF or a picture of 16 bits a channel or pixel becomes the PNG of what
+Pillow makes of it.
 
 Source: transformers 5.23.0, image_utils.py (`load_image`: upright, then `convert("RGB")`); Pillow 13.0.0, ImageOps.
 """
@@ -25,12 +25,14 @@ KEPT = {
     "BMP": ("L", "P", "RGB"),
     "TIFF": ("L", "RGB"),
 }
-"""Formats and modes that DALI decodes to Pillow's pixels; all else is converted."""
+"""Formats and modes that DALI decodes to Pillow's pixels, but for what `_differs` names; all else is converted."""
 Image.init()
 FORMATS = tuple(form for form in (*KEPT, "GIF", "AVIF", "JPEG2000", "PPM", "ICO") if form in Image.OPEN)
 """Formats that Pillow may take a file for, some of which it would otherwise hand to other programs."""
 PNG_SIGNATURE, PNG_DEPTH = 8, 24
 """Bytes of a PNG before its chunks, and the one that holds its bits a channel."""
+BMP_HEADER, BMP_DEPTH, BMP_OLD_DEPTH = 14, 28, 24
+"""Bytes of a BMP that hold its header's length and its bits a pixel, which in the oldest header of 12 bytes stand elsewhere."""
 
 
 class PictureError(ValueError):
@@ -131,13 +133,24 @@ def prepare_picture(data: bytes, extension: str, *, upright: bool = True) -> Pic
 
 
 def _differs(image: Image.Image, file: BinaryIO, orientation: int) -> bool:
-    """A file of a kept format and mode that DALI reads otherwise: deep PNGs, and TIFFs, which Pillow turns on its own."""
+    """A file of a kept format and mode that DALI reads otherwise.
+
+    Deep PNGs; TIFFs, which Pillow turns on its own; BMPs of 16 bits a pixel; CMYK without the marker that says how it is meant.
+    """
     if image.format == "TIFF":
         return orientation != 1
-    if image.format != "PNG":
-        return False
-    file.seek(PNG_DEPTH)
-    return file.read(1) > b"\x08"
+    if image.format == "BMP":
+        is_old = _number(file, BMP_HEADER, 4) == 12
+        return _number(file, BMP_OLD_DEPTH if is_old else BMP_DEPTH, 2) == 16
+    if image.format == "PNG":
+        return _number(file, PNG_DEPTH, 1) > 8
+    return image.mode == "CMYK" and "adobe" not in image.info
+
+
+def _number(file: BinaryIO, place: int, size: int) -> int:
+    """The little-endian number of `size` bytes at `place`."""
+    file.seek(place)
+    return int.from_bytes(file.read(size), "little")
 
 
 def _orientation(image: Image.Image, file: BinaryIO) -> int:

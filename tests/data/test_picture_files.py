@@ -32,6 +32,25 @@ def png_of_16_bits(channels: int) -> bytes:
     )
 
 
+def bmp_of_16_bits(green: int, header: int = 40) -> bytes:
+    """A BMP with 5, `green` and 5 bits a colour, under a header of 12 or 40 bytes."""
+    pixels = np.random.default_rng(2).integers(0, 2 ** (10 + green), (40, 50)).astype("<u2").tobytes()
+    if header == 12:
+        fields = struct.pack("<IHHHH", 12, 50, 40, 1, 16)
+    else:
+        fields = struct.pack("<IiiHHIIiiII", 40, 50, 40, 1, 16, 3 if green == 6 else 0, len(pixels), 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F) if green == 6 else b""
+    start = 14 + len(fields) + len(masks)
+    return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + fields + masks + pixels
+
+
+def without_adobe(jpeg: bytes) -> bytes:
+    """A JPEG without the marker by which Adobe says what its channels are."""
+    start = jpeg.index(b"\xff\xee")
+    assert jpeg[start + 4 : start + 9] == b"Adobe"
+    return jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4], "big") :]
+
+
 def files() -> dict[str, bytes]:
     picture = Image.fromarray(draw(60, 100))
     second = Image.fromarray(draw(60, 100, seed=9))
@@ -46,6 +65,10 @@ def files() -> dict[str, bytes]:
         "png-16-grey": png_of_16_bits(1),
         "tiff-16-grey": encode(Image.fromarray(draw(60, 100)[:, :, 0].astype(np.uint16) * 200), "TIFF"),
         "tiff-float": encode(Image.fromarray(draw(60, 100)[:, :, 0].astype(np.float32)), "TIFF"),
+        "jpeg-cmyk-unmarked": without_adobe(kinds()["jpeg-cmyk"]),
+        "bmp-555": bmp_of_16_bits(5),
+        "bmp-565": bmp_of_16_bits(6),
+        "bmp-555-old": bmp_of_16_bits(5, header=12),
         "tiff-cmyk": encode(picture.convert("CMYK"), "TIFF"),
         "ppm": encode(picture, "PPM"),
         "ico": encode(picture, "ICO"),
