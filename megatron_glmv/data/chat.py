@@ -219,7 +219,7 @@ class Chat:
         self._drops_earlier = f"b\n{THINK_END}" not in self._apply([question, answer, question], False, False)
         opened = [self._apply([question], True, no_thinking) for no_thinking in (False, True)]
         self._can_ask_for_none = opened[0] != opened[1]
-        self._opening = [len(self._tokenize([text.rpartition("<|assistant|>")[2]])[0]) for text in opened]
+        self._openings = self._tokenize([text.rpartition("<|assistant|>")[2] for text in opened])
 
     def _asks_for_none(self, sample: Sample) -> bool:
         """Whether the last answer has no think block, or an empty one, and the template can say so."""
@@ -243,8 +243,9 @@ class Chat:
         """A sample as one document.
 
         Every token of an assistant's turn is trained with weight 1, and so is the token that ends it. The role token and what
-        the template writes behind it to have a turn generated (a newline; an empty think block after "/nothink") are the
-        prompt and are not, and neither is a turn that lost its think block (`Thinking`).
+        the template writes behind it to have a turn generated (a newline; an empty think block where thinking is switched off)
+        are the prompt and are not; that block is not trained either where the template writes it in front of an answer without
+        thoughts. Nor is a turn that lost its think block (`Thinking`).
 
         Args:
             sample: a conversation.
@@ -349,10 +350,13 @@ class Chat:
         weights = np.zeros(len(tokens), dtype=np.float32)
         edges = [*np.flatnonzero(self._is_role[tokens]).tolist(), len(tokens) - 1]
         trained = iter(self._trained_turns(sample))
-        opening = self._opening[self._asks_for_none(sample)]
+        with_thinking, without = self._openings
+        asks_for_none = self._asks_for_none(sample)
         for start, end in pairwise(edges):
             if tokens[start] == self._assistant and next(trained, True):
-                weights[start + 1 + opening : end] = 1.0
+                is_empty = self._thinking.ask_for_none and tokens[start + 1 :][: len(without)].tolist() == without
+                opening = without if asks_for_none or is_empty else with_thinking
+                weights[start + 1 + len(opening) : end] = 1.0
                 if end == edges[-1] or int(tokens[end]) in self._stops:
                     weights[end] = 1.0
         return weights

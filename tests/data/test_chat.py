@@ -204,6 +204,21 @@ def test_an_answer_without_thinking_is_asked_for_so(switching: Path) -> None:
     assert trained(off, [ASK, BRIEF]) == ["\n<think></think>\n0<|endoftext|>"]
 
 
+def test_an_empty_think_block_beside_thoughts_is_not_trained(switching: Path) -> None:
+    """The template writes it in front of an answer without thoughts; trained, it would teach to skip them when asked."""
+    chat, thought = Chat(switching), "\n<think>ab</think>\n4<|endoftext|>"
+    messages = [ASK, BRIEF, AGAIN, THOUGHT]
+    assert chat.render(make_sample(messages)) == (
+        "[gMASK]<sop><|user|>\nRead.<|assistant|>\n<think></think>\n0<|user|>\nAnd now?<|assistant|>\n<think>ab</think>\n4"
+    )
+    assert trained(chat, messages) == ["\n0<|user|>", thought]
+    assert trained(chat, [ASK, BRIEF, AGAIN, BRIEF, AGAIN, THOUGHT]) == ["\n0<|user|>", "\n0<|user|>", thought]
+    assert trained(chat, [ASK, THOUGHT, AGAIN, BRIEF]) == ["\n0<|endoftext|>"]
+    assert trained(chat, [ASK, BRIEF, THOUGHT]) == ["\n0", thought]
+    off = Chat(switching, Thinking(ask_for_none=False))
+    assert trained(off, messages) == ["\n<think></think>\n0<|user|>", thought]
+
+
 def test_a_folder_that_is_no_processor_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ProcessorError, match="no such folder"):
         Chat(tmp_path / "nowhere")
