@@ -124,7 +124,7 @@ class PictureDecoder:
             refused = self._refuse(pictures)
             kept = [picture.data for picture, bad in zip(pictures, refused, strict=True) if bad is None]
             options = {"device": "gpu", "jpeg_fancy_upsampling": True} if self._gpu else {"device": "cpu"}
-            pixels = iter(ndd.decoders.image(_batch(kept), adjust_orientation=False, **options).tensors if kept else ())
+            pixels = iter(_samples(ndd.decoders.image(_batch(kept), adjust_orientation=False, **options)) if kept else ())
             return [bad or next(pixels) for bad in refused]
         except RuntimeError as error:
             if len(pictures) == 1:
@@ -134,7 +134,7 @@ class PictureDecoder:
     def _refuse(self, pictures: Sequence[EncodedPicture]) -> list[BadMedia | None]:
         """Which pictures are too large to be decoded, known before any memory is taken for them."""
         unknown = [picture.data for picture in pictures if picture.size is None]
-        peeked = iter(ndd.peek_image_shape(_batch(unknown)).tensors if unknown else ())
+        peeked = iter(_samples(ndd.peek_image_shape(_batch(unknown))) if unknown else ())
         sizes = [picture.size or np.asarray(next(peeked)).tolist()[:2] for picture in pictures]
         return [
             BadMedia(f"{_by(size)} pixels are over the limit of {MAX_PIXELS}") if size[0] * size[1] > MAX_PIXELS else None
@@ -161,7 +161,7 @@ class PictureDecoder:
         resized = ndd.resize(ndd.as_batch(decoded), size=ndd.as_batch(sizes), interp_type=types.INTERP_CUBIC, antialias=True)
         with torch.cuda.stream(self._stream):
             upright = (
-                turn(pixels.torch(), picture.orientation) for pixels, picture in zip(resized.tensors, pictures, strict=True)
+                turn(pixels.torch(), picture.orientation) for pixels, picture in zip(_samples(resized), pictures, strict=True)
             )
             patches = [cut_patches(pixels, self._patch, self._merge, out) for pixels, out in zip(upright, outs, strict=True)]
         self._stream.synchronize()
@@ -169,6 +169,16 @@ class PictureDecoder:
             # The training stream reads them later; the allocator must not hand the memory to this stream before that.
             tensor.record_stream(torch.cuda.default_stream(self._gpu))
         return patches
+
+
+def _samples(batch: ndd.Batch) -> list[ndd.Tensor]:
+    """The tensors of a computed batch; with them its memory is freed.
+
+    DALI 2.4 has a batch and its tensors refer to each other, so that the pixels would wait for the garbage collector.
+    """
+    tensors = list(batch.tensors)
+    batch._tensors = None
+    return tensors
 
 
 def turn(pixels: Tensor, orientation: int) -> Tensor:

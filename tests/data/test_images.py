@@ -12,6 +12,7 @@ import zlib
 from functools import cache
 
 import numpy as np
+import nvidia.dali.experimental.dynamic as ndd
 import pytest
 import torch
 from PIL import Image
@@ -177,6 +178,15 @@ def test_another_size_than_measured_is_a_fault(decoder):
     results = decoder.decode([EncodedPicture(data, (56, 112), (56, 112)), EncodedPicture(data, (56, 112), (112, 56))])
     assert isinstance(results[0], torch.Tensor)
     assert results[1] == BadMedia("decodes to 56 x 112 pixels, 112 x 56 were measured")
+
+
+def test_dalis_pixels_are_freed_with_their_pictures(decoder, alive):
+    before = alive(ndd.Batch)
+    for known in (True, False):
+        pictures = [encoded(data, known=known) for data in shaped().values()]
+        assert all(isinstance(result, torch.Tensor) for result in decoder.decode(pictures))
+        decoder.decode([*pictures[:2], EncodedPicture(broken()["jpeg-half"], (56, 112))])
+    assert alive(ndd.Batch) == before
 
 
 def test_nothing_to_decode(decoder):

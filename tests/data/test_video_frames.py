@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 from functools import cache
 
@@ -184,21 +183,7 @@ def by_dali():
     opened.close()
 
 
-@pytest.fixture
-def uncollected():
-    """No garbage is collected while the test runs, as hardly any is in training, whose heap is frozen."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.collect()
-
-
-def alive(kind: type) -> int:
-    return sum(isinstance(thing, kind) for thing in gc.get_objects())
-
-
-def test_dali_keeps_its_operators_from_video_to_video(by_dali, uncollected):
+def test_dali_keeps_its_operators_from_video_to_video(by_dali, alive):
     """Two, one that decodes and one that resizes, whatever the videos' sizes and numbers of frames."""
     before = alive(_ops.Operator)
     vp9 = clips()["webm-vp9"]
@@ -208,7 +193,7 @@ def test_dali_keeps_its_operators_from_video_to_video(by_dali, uncollected):
     assert alive(_ops.Operator) - before == 2
 
 
-def test_dalis_frames_are_freed_with_their_video(by_dali, uncollected, monkeypatch):
+def test_dalis_frames_are_freed_with_their_video(by_dali, alive, monkeypatch):
     """Also where they are decoded in several pieces, with and without a resize, or are of another size than measured."""
     monkeypatch.setattr(video_frames, "GPU_BYTES", 2 * 3 * 60 * 100)
     video = planned(clips()["webm-vp9"])[1]
