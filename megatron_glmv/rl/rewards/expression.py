@@ -111,11 +111,20 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         if kind == "name":
             tokens += [("name", part) for part in _letters(token)]
         else:
+            if kind == "number" and at == found.start(kind) and _is_symbol(tokens):
+                # x1 and the H2 of H2O are names: read as x * 1, CO2 would be C2O.
+                tokens.append(("mark", "_"))
             tokens.append((kind, "^" if token == "**" else token))
         at = found.end()
     if len(tokens) > 3 * MAX_NODES:
         raise TooLarge(f"{len(tokens)} parts, more than {3 * MAX_NODES}")
     return tokens
+
+
+def _is_symbol(tokens: list[tuple[str, str]]) -> bool:
+    """Whether the last token is a letter that stands for itself."""
+    kind, token = tokens[-1] if tokens else ("", "")
+    return kind == "name" and token not in FUNCTIONS and token not in CONSTANTS
 
 
 def _letters(word: str) -> list[str]:

@@ -26,6 +26,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 _RELATION = re.compile(r"<=|>=|!=|=|<|>|≈")
 _JOINT = re.compile(r"\s+(?:and|or)\s+|\s*(?:和|或)\s*")
 _MATRIX = re.compile(r"\\begin\{([pbv]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}")
+_WORDS = re.compile(r"(?!.*(?:sin|cos|tan|ln|log|exp))[A-Za-z][A-Za-z\d\s/'-]*")
 _NAME_IS = re.compile(r"\s*(?:\\?[A-Za-z]+(?:_\{?\w{1,8}\}?)?'?(?:\([A-Za-z, ]{1,9}\))?)\s*")
 
 Kind = Literal["value", "list", "tuple", "union", "relation"]
@@ -55,6 +56,7 @@ class Form:
         marks: brackets of a tuple, or the operator of a relation: =, <, <=, !=.
         name: left side of "name = value", where it was cut off.
         whole: the integer, where a value is written as one.
+        words: the text without spaces, where a value without a name could be words: ab, red car, R2D2.
     """
 
     kind: Kind
@@ -63,6 +65,7 @@ class Form:
     marks: str = ""
     name: str = ""
     whole: int | None = None
+    words: str = ""
 
 
 def read(text: str) -> Form:
@@ -102,7 +105,8 @@ def _read(text: str, depth: int = 0) -> Form:
     if found := _RELATION.search(text):
         return _relation(text[: found.start()], found[0], text[found.end() :])
     node = parse(text)
-    return Form("value", node=node, name=name)
+    words = "".join(text.split()) if not name and _WORDS.fullmatch(text) else ""
+    return Form("value", node=node, name=name, words=words)
 
 
 def _all(parts: list[str], read_part: Callable[[str], Form]) -> tuple[Form, ...]:
@@ -217,7 +221,10 @@ def _same_value(answer: Form, reference: Form, rule: Rule) -> bool | None:
         return rule.wholes(answer.whole, reference.whole)
     if answer.node is None or reference.node is None:
         raise TooLarge("a number of more than 100 digits")
-    return equal(answer.node, reference.node, rule.tolerance)
+    verdict = equal(answer.node, reference.node, rule.tolerance)
+    # Letters commute in formulas and not in words: ba is ab, but on is not no.
+    moved = answer.words and reference.words and answer.words != reference.words
+    return None if verdict and moved else verdict
 
 
 def _as_relation(form: Form) -> Form:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from megatron_glmv.rl.rewards.evaluation import Undefined, Value, evaluate
-from megatron_glmv.rl.rewards.expression import NotAnExpression, parse
+from megatron_glmv.rl.rewards.expression import Node, NotAnExpression, parse
 from megatron_glmv.rl.rewards.notation import plain
 
 BASES = ("m", "kg", "s", "A", "K", "mol", "cd", "rad", "dollar")
@@ -44,11 +44,13 @@ class Quantity:
         value: in base units; a Fraction or a number of 50 digits.
         number: as written.
         dimension: None where no unit is written.
+        node: the number as a formula.
     """
 
     value: Value
     number: Value
     dimension: Dimension | None
+    node: Node
 
 
 _TABLE = """
@@ -253,13 +255,13 @@ def read_quantity(text: str) -> Quantity:
             break
         try:
             unit = read_unit(text[found.end() :])
-            number = _number(text[: found.start()])
+            node, number = _number(text[: found.start()])
         except NotAnExpression:
             continue
         value = number * unit.factor + unit.offset if isinstance(number, Fraction) else _scaled(number, unit)
-        return Quantity(value, number, unit.dimension)
-    number = _number(text)
-    return Quantity(number, number, None)
+        return Quantity(value, number, unit.dimension, node)
+    node, number = _number(text)
+    return Quantity(number, number, None, node)
 
 
 def _scaled(number: Value, unit: Unit) -> Value:
@@ -269,11 +271,11 @@ def _scaled(number: Value, unit: Unit) -> Value:
     )
 
 
-def _number(text: str) -> Value:
+def _number(text: str) -> tuple[Node, Value]:
     node = parse(text)
     if node.symbols():
         raise NotAnExpression("a formula with symbols")
     value = evaluate(node)
     if value is None:
         raise Undefined("no value")
-    return value
+    return node, value

@@ -230,11 +230,57 @@ TEXTS = [
     ("geo", "Paris", "x" * 51, 0.0, "limit"),
     ("nonsense", "1", "1", None, "reference"),
 ]
+# Words were products of their letters, so that every anagram was right.
+WORDS = [
+    *((domain, "on", "no", ASK, "wrong") for domain in ("math", "physics", "chart")),
+    ("math", r"\text{no}", "on", ASK, "wrong"),
+    ("math", "yes", "sey", ASK, "wrong"),
+    ("math", "ACD", "CDA", ASK, "wrong"),
+    ("chart", "UK", "KU", ASK, "wrong"),
+    ("chart", "red, tea", "der, eat", ASK, "wrong"),
+    ("chart", "on/off", "no/off", ASK, "wrong"),
+    ("chart", "Q1", "1Q", ASK, "wrong"),
+    ("chart", "R2D2", "D2R2", ASK, "wrong"),
+    ("chart", "Jan 2019", "Jan 2020", ASK, "wrong"),
+    ("math", "R = ab", "R = ba", 1.0, "right"),  # letters of formulas commute
+    ("math", "ab + c", "c + ba", 1.0, "right"),
+    ("math", "sin x cos x", "cos x sin x", 1.0, "right"),
+    ("math", "x_1", "x₁", 1.0, "right"),
+]
+SHORT_WORDS = [
+    ("vqa", "cat", "act", ASK, "wrong"),
+    ("vqa", "USA", "SUA", ASK, "wrong"),
+    ("vqa", "red car", "car red", ASK, "wrong"),
+    ("vqa", "not red", "red ton", ASK, "wrong"),
+    ("vqa", "3D", "D3", ASK, "wrong"),
+    ("vqa", "no", "n*o", ASK, "wrong"),
+    ("multi_image", "saw", "was", ASK, "wrong"),
+    ("spatial", "on top", "top on", ASK, "wrong"),
+    ("vqa", "2-1", "1", ASK, "wrong"),  # a score, a date, a range, a size
+    ("vqa", "12/6", "2", ASK, "wrong"),
+    ("vqa", "5-10 cm", "-5 cm", ASK, "wrong"),
+    ("vqa", "2×3 m", "6 m", ASK, "wrong"),
+    ("vqa", "3/4", "6/8", ASK, "wrong"),
+    ("vqa", "3/4", "0.75", 1.0, "right"),
+    ("vqa", "3/4", r"\frac{3}{4}", 1.0, "right"),
+    ("vqa", "1 1/2", "1.5", 1.0, "right"),
+    ("vqa", "-1/2", "-0.5", 1.0, "right"),
+    ("vqa", "50%", "0.5", 1.0, "right"),
+    ("vqa", "2*10^3", "2000", 1.0, "right"),
+    ("vqa", "9" * 200, "9" * 200 + ".0", 1.0, "right"),
+    ("spatial", "(3, -4)", "(3,-4)", 1.0, "right"),
+]
+SUBSTANCES = [
+    ("chemistry", "CO2", "C2O", ASK, "wrong"),
+    ("chemistry", "CO2", "2CO", ASK, "wrong"),
+    ("chemistry", "2HCN", "2HNC", ASK, "wrong"),
+    ("chemistry", "2H2 + O2 = 2H2O", "2H2O = 2H2 + O2", ASK, "wrong"),
+]
 
 
 @pytest.mark.parametrize(
     ("domain", "reference", "answer", "value", "reason"),
-    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS],
+    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *SUBSTANCES],
     ids=lambda value: str(value)[:40] if isinstance(value, str | list | dict) else None,
 )
 def test_a_case(domain: str, reference: Any, answer: str, value: float | str | None, reason: str):

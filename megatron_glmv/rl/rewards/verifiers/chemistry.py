@@ -7,7 +7,7 @@ import unicodedata
 
 from megatron_glmv.config.rewards import ChemistryConfig
 from megatron_glmv.rl.rewards.notation import MAX_CHARACTERS
-from megatron_glmv.rl.rewards.verifiers.base import RIGHT, Question, text_of
+from megatron_glmv.rl.rewards.verifiers.base import RIGHT, WRONG, Question, text_of
 from megatron_glmv.rl.rewards.verifiers.physics import UnitsVerifier
 from megatron_glmv.rl.types import Reward, Task
 
@@ -40,3 +40,9 @@ class ChemistryVerifier(UnitsVerifier[ChemistryConfig]):
         if reference is not None and formula(answer) == reference:
             return RIGHT
         return super().compare(task, answer)
+
+    def by_formula(self, task: Task, answer: str) -> Reward | Question:
+        """Substances are no products of letters: of two that differ the judge says whether they are the same."""
+        if formula(answer) is not None and formula(text_of(task.answer)) is not None:
+            return self.ask(task, answer, WRONG)
+        return super().by_formula(task, answer)
