@@ -37,7 +37,8 @@ _NUMERIC: dict[Hack, re.Pattern[str]] = {
         r"介于|之间|不超过|不少于|至少|至多|以上|以下|大于|小于",
     ),
     "hedge": _any(
-        r"\b(?:approximately|approx|about|around|roughly|nearly|almost|circa|some \d|close to|near to|or so|give or take)\b",
+        r"(?<!\\)\bapprox(?:imately)?\b",
+        r"\b(?:about|around|roughly|nearly|almost|circa|some \d|close to|near to|or so|give or take)\b",
         r"大约|大概|左右|接近|差不多|约\s?\d",
     ),
     "several": _any(
