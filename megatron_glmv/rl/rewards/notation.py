@@ -39,6 +39,8 @@ _COMMANDS = {
     "varphi": "\\phi", "ldots": "...", "dots": "...", "cdots": "...", "lor": " or ", "land": " and ", "implies": "=>",
 }  # fmt: skip
 _COMMAND = re.compile(r"\\([A-Za-z]{1,20})(?![A-Za-z])")
+_WORD = re.compile(r"(?<![\d/*\\])(?<![\d/*\\] )\b(?:[A-Z][a-z]{3,}|Yes|No|Odd)\b")
+"""A word with a capital, but no unit behind a number and no command: Mcal is not mcal, \\Delta not \\delta."""
 _CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/",
     "≤": "<=", "≥": ">=", "≠": "!=", "≅": "≈", "≃": "≈", "π": "\\pi ", "√": " sqrt ", "∞": "\\infty ", "µ": "μ", "Ω": "Ω",
@@ -88,12 +90,21 @@ def plain(text: str) -> str:
     return " ".join(text.split()).rstrip(".。;, ").strip()
 
 
-def folded(text: str) -> str:
-    """A short text for exact comparison: case, width, spaces, quotes, articles and marks at the ends do not count."""
-    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).casefold()
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+def spelled(text: str) -> str:
+    """A formula for exact comparison: `plain`, where case counts but in words: M is not m, Even is even.
+
+    Raises:
+        TooLarge: the text is longer than `MAX_CHARACTERS`.
+    """
+    return _WORD.sub(lambda found: found[0].lower(), plain(text).strip('"` '))
+
+
+def folded(text: str, *, cased: bool = False) -> str:
+    """A short text for exact comparison: width, spaces, quotes, articles, marks at the ends and, unless `cased`, case go."""
+    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text if cased else text.casefold())
     words = text.replace("$", " ").split()
-    while len(words) > 1 and words[0] in ("a", "an", "the"):
+    while len(words) > 1 and words[0].lower() in ("a", "an", "the"):
         del words[0]
     return " ".join(words).strip(" .,;:!?\"'`*。、！？")
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from megatron_glmv.rl.rewards.evaluation import Undefined, Value, evaluate
 from megatron_glmv.rl.rewards.expression import Node, NotAnExpression, parse
-from megatron_glmv.rl.rewards.notation import plain
+from megatron_glmv.rl.rewards.notation import TooLarge, plain
 
 BASES = ("m", "kg", "s", "A", "K", "mol", "cd", "rad", "dollar")
 Dimension = tuple[int, ...]
@@ -262,6 +262,14 @@ def read_quantity(text: str) -> Quantity:
         return Quantity(value, number, unit.dimension, node)
     node, number = _number(text)
     return Quantity(number, number, None, node)
+
+
+def has_unit(text: str) -> bool:
+    """Whether a text is a number with a unit."""
+    try:
+        return read_quantity(text).dimension is not None
+    except (NotAnExpression, TooLarge, Undefined):
+        return False
 
 
 def _scaled(number: Value, unit: Unit) -> Value:

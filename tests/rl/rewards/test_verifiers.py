@@ -274,6 +274,36 @@ SHORT_WORDS = [
     ("vqa", "9" * 200, "9" * 200 + ".0", 1.0, "right"),
     ("spatial", "(3, -4)", "(3,-4)", 1.0, "right"),
 ]
+# The equal text of units, symbols and formulas was looked for without their case.
+CASES = [
+    ("physics", "5 mN", "5 MN", 0.0, "wrong"),
+    ("physics", "10 mΩ", "10 MΩ", 0.0, "wrong"),
+    ("physics", "2 Pa", "2 pA", 0.0, "wrong"),
+    ("physics", "3 S", "3 s", 0.0, "wrong"),
+    ("physics", "5 Mcal", "5 mcal", 0.0, "wrong"),
+    ("physics", "5 Newtons", "5 newtons", 1.0, "right"),
+    ("chemistry", "CO", "Co", ASK, "wrong"),
+    ("chemistry", "NO", "no", ASK, "wrong"),
+    ("chemistry", "No", "NO", ASK, "wrong"),
+    ("chemistry", "NaCl", "nacl", ASK, "wrong"),
+    ("math", "M", "m", ASK, "wrong"),
+    ("math", r"\Delta", r"\delta", ASK, "wrong"),
+    ("math", "5!", "5", 0.0, "wrong"),
+    ("math", "f'", "f", ASK, "wrong"),
+    ("math", "5", ".5", 0.0, "wrong"),
+    ("math", "102", "10²", 0.0, "wrong"),
+    ("math", r"a \sqrt{3}", r"\sqrt{3}", ASK, "wrong"),
+    ("math", "Even", "even", 1.0, "right"),
+    ("math", "no", "No.", 1.0, "right"),
+    ("math", r"\text{No solution}", "no solution", 1.0, "right"),
+    ("math", "even", '"even"', 1.0, "right"),
+    ("vqa", "5 MW", "5 mW", ASK, "wrong"),
+    ("long_document", "5 MW", "5 mW", ASK, "no_judge"),
+    ("vqa", "10 AM", "10 am", 1.0, "right"),
+    ("vqa", "3 Dogs", "3 dogs", 1.0, "right"),
+    ("vqa", "5 km", "5 km.", 1.0, "right"),
+    ("chart", "USA", "usa", 1.0, "right"),
+]
 SUBSTANCES = [
     ("chemistry", "CO2", "C2O", ASK, "wrong"),
     ("chemistry", "CO2", "2CO", ASK, "wrong"),
@@ -284,7 +314,7 @@ SUBSTANCES = [
 
 @pytest.mark.parametrize(
     ("domain", "reference", "answer", "value", "reason"),
-    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *SUBSTANCES],
+    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *CASES, *SUBSTANCES],
     ids=lambda value: str(value)[:40] if isinstance(value, str | list | dict) else None,
 )
 def test_a_case(domain: str, reference: Any, answer: str, value: float | str | None, reason: str):

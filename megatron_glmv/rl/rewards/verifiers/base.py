@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Generic, TypeVar, final
 from megatron_glmv.config.base import InputError
 from megatron_glmv.config.rewards import DomainConfig, JudgedConfig
 from megatron_glmv.rl.rewards.hacks import find_hack
-from megatron_glmv.rl.rewards.notation import folded, number_word
+from megatron_glmv.rl.rewards.notation import TooLarge, folded, number_word, spelled
+from megatron_glmv.rl.rewards.units import has_unit
 from megatron_glmv.rl.types import Reward, Task
 
 _NUMBER_FIRST = re.compile(r"\W{0,4}\d")
@@ -59,6 +60,8 @@ class Verifier(ABC, Generic[S]):
 
     numeric: ClassVar[bool] = False
     """Whether a number is always asked for."""
+    formulas: ClassVar[bool] = False
+    """Whether answers are formulas, in which case counts."""
     prompt: ClassVar[str] = "short_answer"
     """Name of the judge's prompt."""
     exact: ClassVar[bool] = True
@@ -84,7 +87,7 @@ class Verifier(ABC, Generic[S]):
         if len(answer) > self.settings.max_answer_characters:
             return wrong("limit", f"{len(answer)} characters, more than {self.settings.max_answer_characters}")
         reference = "" if task.answer is None or isinstance(task.answer, list | tuple | dict) else text_of(task.answer)
-        if self.exact and reference and folded(answer) == folded(reference):
+        if self.exact and reference and (_same_formula if self.formulas else _same_text)(answer, reference):
             return RIGHT
         numeric = self.numeric or number_word(reference) is not None or _NUMBER_FIRST.match(reference) is not None
         hack = find_hack(answer, reference, task.question, self.settings.hacks, numeric=numeric)
@@ -116,6 +119,20 @@ class Verifier(ABC, Generic[S]):
             correct_from,
             media=task.media,
         )
+
+
+def _same_formula(answer: str, reference: str) -> bool:
+    try:
+        return spelled(answer) == spelled(reference) != ""
+    except TooLarge:
+        return False
+
+
+def _same_text(answer: str, reference: str) -> bool:
+    """Whether two texts are the same but for case, which counts where both are numbers with units: 5 MW is not 5 mW."""
+    if folded(answer) != folded(reference):
+        return False
+    return folded(answer, cased=True) == folded(reference, cased=True) or not (has_unit(answer) and has_unit(reference))
 
 
 RIGHT = Reward(1.0, True, "right")

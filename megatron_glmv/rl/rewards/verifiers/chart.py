@@ -24,6 +24,7 @@ class ChartVerifier(NumericVerifier[ChartConfig]):
     """Values read from a chart."""
 
     prompt: ClassVar[str] = "chart"
+    formulas: ClassVar[bool] = False
 
     @property
     def rule(self) -> Rule:

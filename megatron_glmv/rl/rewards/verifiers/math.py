@@ -23,6 +23,7 @@ class NumericVerifier(Verifier[N]):
     """What verifiers of numbers and formulas share."""
 
     numeric: ClassVar[bool] = True
+    formulas: ClassVar[bool] = True
     prompt: ClassVar[str] = "formula"
 
     @property
