@@ -239,7 +239,10 @@ def _as_relation(form: Form) -> Form:
 
 
 def _same_unordered(answers: tuple[Form, ...], references: tuple[Form, ...], rule: Rule) -> bool | None:
-    """Whether the answers are the references in any order."""
+    """Whether the answers are the references in any order; in the same one, if names that only one side has tell them apart."""
+    named, wanted = ({item.name for item in items if item.name} for items in (answers, references))
+    if named != wanted and max(len(named), len(wanted)) > 1:
+        return _every([same(a, b, rule) for a, b in zip(answers, references, strict=True)]) or None
     left, unclear = list(references), False
     for item in answers:
         verdicts = [same(item, other, rule) for other in left]

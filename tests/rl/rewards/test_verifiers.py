@@ -304,6 +304,18 @@ CASES = [
     ("vqa", "5 km", "5 km.", 1.0, "right"),
     ("chart", "USA", "usa", 1.0, "right"),
 ]
+# Values found their references in any order, with names or without.
+NAMES = [
+    ("math", "x=2, y=3", "3, 2", ASK, "wrong"),
+    ("math", "a=1, b=2, c=3", "3,2,1", ASK, "wrong"),
+    ("math", "x=2, y=3, z=4", "x=2, 4, 3", ASK, "wrong"),
+    ("math", "2, 3", "x=3, y=2", ASK, "wrong"),
+    ("math", "x=2, y=3", "2, 3", 1.0, "right"),
+    ("math", "x=2, y=3", "y=3, x=2", 1.0, "right"),
+    ("math", "x=2, x=3", "3, 2", 1.0, "right"),
+    ("math", "x = 2, 3", "3, 2", 1.0, "right"),
+    ("vqa", "x=2, y=3", "3, 2", ASK, "wrong"),
+]
 SUBSTANCES = [
     ("chemistry", "CO2", "C2O", ASK, "wrong"),
     ("chemistry", "CO2", "2CO", ASK, "wrong"),
@@ -314,7 +326,7 @@ SUBSTANCES = [
 
 @pytest.mark.parametrize(
     ("domain", "reference", "answer", "value", "reason"),
-    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *CASES, *SUBSTANCES],
+    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *CASES, *NAMES, *SUBSTANCES],
     ids=lambda value: str(value)[:40] if isinstance(value, str | list | dict) else None,
 )
 def test_a_case(domain: str, reference: Any, answer: str, value: float | str | None, reason: str):
