@@ -41,6 +41,7 @@ _COMMANDS = {
 _COMMAND = re.compile(r"\\([A-Za-z]{1,20})(?![A-Za-z])")
 _WORD = re.compile(r"(?<![\d/*\\])(?<![\d/*\\] )\b(?:[A-Z][a-z]{3,}|Yes|No|Odd)\b")
 """A word with a capital, but no unit behind a number and no command: Mcal is not mcal, \\Delta not \\delta."""
+_AROUND_MARKS = re.compile(r"\s*([^\w\s\\.])\s*")
 _CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/",
     "≤": "<=", "≥": ">=", "≠": "!=", "≅": "≈", "≃": "≈", "π": "\\pi ", "√": " sqrt ", "∞": "\\infty ", "µ": "μ", "Ω": "Ω",
@@ -91,12 +92,12 @@ def plain(text: str) -> str:
 
 
 def spelled(text: str) -> str:
-    """A formula for exact comparison: `plain`, where case counts but in words: M is not m, Even is even.
+    """A formula for exact comparison: `plain`, no spaces around marks; case counts but in words: M is not m, Even is even.
 
     Raises:
         TooLarge: the text is longer than `MAX_CHARACTERS`.
     """
-    return _WORD.sub(lambda found: found[0].lower(), plain(text).strip('"` '))
+    return _AROUND_MARKS.sub(r"\1", _WORD.sub(lambda found: found[0].lower(), plain(text).strip('"` ')))
 
 
 def folded(text: str, *, cased: bool = False) -> str:

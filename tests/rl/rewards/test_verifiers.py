@@ -316,6 +316,33 @@ NAMES = [
     ("math", "x = 2, 3", "3, 2", 1.0, "right"),
     ("vqa", "x=2, y=3", "3, 2", ASK, "wrong"),
 ]
+SPELLINGS = [
+    ("counting", "3", "3只猫", 1.0, "right"),
+    ("counting", "3", "三只狗", 1.0, "right"),
+    ("counting", "3", "共 3 个", 1.0, "right"),
+    ("counting", "3", "一共有三个人", 1.0, "right"),
+    ("counting", "3", "There are 3", 1.0, "right"),
+    ("counting", "3", "there are three dogs", 1.0, "right"),
+    ("counting", "4", "3只猫", 0.0, "wrong"),
+    ("counting", "3", "三只猫一只狗", 0.0, "wrong"),
+    ("counting", "3", "三个半", 0.0, "wrong"),
+    ("counting", "3", "没有3个", 0.0, "wrong"),
+    ("counting", "10", "十几只", 0.0, "wrong"),
+    ("counting", "3", "there are 3 dogs and 4 cats", 0.0, "wrong"),
+    ("chemistry", "2H2 + O2 -> 2H2O", "2H2+O2→2H2O", 1.0, "right"),
+    ("chemistry", "Fe^{3+}", "Fe3+", 1.0, "right"),
+    ("chemistry", "Fe^{3+} + 3OH^- -> Fe(OH)3", "Fe3++3OH^-→Fe(OH)3", 1.0, "right"),
+    ("chemistry", "H+ + OH- -> H2O", "H++OH-=H2O", 1.0, "right"),
+    ("chemistry", "Fe^{3+}", "Fe2+", ASK, "wrong"),
+    ("chemistry", "O_2^+", "O^{2+}", ASK, "wrong"),
+    ("chemistry", "O_2^+", "O2+", ASK, "wrong"),
+    ("video", [10, 20], "10.0秒到20.0秒", 1.0, "right"),
+    ("video", [[10, 20], [30, 40]], "从第10秒至第20秒，30秒到40秒", 1.0, "right"),
+    ("math", "0<x<1", "0 < x < 1", 1.0, "right"),
+    ("math", "2:1", "2 : 1", 1.0, "right"),
+    ("math", "1 2", "12", ASK, "wrong"),
+    ("math", "0<x<1", "0 < x <= 1", ASK, "wrong"),
+]
 SUBSTANCES = [
     ("chemistry", "CO2", "C2O", ASK, "wrong"),
     ("chemistry", "CO2", "2CO", ASK, "wrong"),
@@ -326,7 +353,7 @@ SUBSTANCES = [
 
 @pytest.mark.parametrize(
     ("domain", "reference", "answer", "value", "reason"),
-    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *CASES, *NAMES, *SUBSTANCES],
+    [*RELEASED_PACKAGE, *HACKS, *NUMBERS, *CONTINUOUS, *TEXTS, *WORDS, *SHORT_WORDS, *CASES, *NAMES, *SPELLINGS, *SUBSTANCES],
     ids=lambda value: str(value)[:40] if isinstance(value, str | list | dict) else None,
 )
 def test_a_case(domain: str, reference: Any, answer: str, value: float | str | None, reason: str):

@@ -13,6 +13,10 @@ from megatron_glmv.rl.types import Reward, Task
 
 _WRAPPER = re.compile(r"\\(?:ce|text|mathrm|rm)\s*\{((?:[^{}]|\{[^{}]{0,20}\}){0,500})\}")
 _ARROW = re.compile(r"\\(?:long)?rightarrow|\\to(?![a-z])|\\rightleftharpoons|→|⟶|⇌|<=>|=>|->|=")
+_PLUS = re.compile(r"\s\+\s|(?<!\s)\+(?=\d{0,4}[A-Z(\[])")
+"""Between two species; elsewhere it is a charge."""
+_CATION = re.compile(r"([A-Z][a-z])\^(\d\+)")
+"""Fe^3+ is Fe3+; of one letter it could be O_2^+."""
 _SPECIES = re.compile(r"(\d{0,4})((?:[A-Z][a-z]?|[()\[\]\d.·+^-]){1,60})")
 
 
@@ -24,7 +28,7 @@ def formula(text: str) -> tuple[tuple[str, ...], ...] | None:
     text = unicodedata.normalize("NFKC", _ARROW.sub(" → ", text))
     sides = []
     for side in text.split("→"):
-        species = [re.sub(r"[\s_{}\\]", "", part) for part in re.split(r"\s\+\s", side.strip())]
+        species = [_CATION.sub(r"\1\2", re.sub(r"[\s_{}\\]", "", part)) for part in _PLUS.split(side.strip())]
         if not all(_SPECIES.fullmatch(part) and re.search("[A-Z]", part) for part in species):
             return None
         sides.append(tuple(sorted(species)))

@@ -15,11 +15,17 @@ from megatron_glmv.rl.rewards.verifiers.base import RIGHT, WRONG, BadReference, 
 from megatron_glmv.rl.types import Reward, Task
 
 _MEASURES = "个只头匹辆人本张条颗朵棵座件把位名块台架支"
+_THERE_ARE = re.compile(r"^(?:there (?:are|is)\s|一共|总共|共|有)+", re.IGNORECASE)
+_HAN = "零一二两三四五六七八九十百"
+_HAN_COUNT = re.compile(rf"(\d+|[{_HAN}]+)\s*[{_MEASURES}][^\W\d_{_HAN}千万半多余以不到至]{{0,8}}")
+"""三只猫: a number, a measure, a thing; no 三个半, 三个多, 三个以上."""
 
 
 def count(text: str) -> int | None:
-    """The number in "3", "3.0", "three", "3 dogs", "三个"; None where there is none, or more than one."""
-    text = plain(text).rstrip(_MEASURES).strip()
+    """The number in "3", "3.0", "three", "there are 3 dogs", "三只猫"; None where there is none, or more than one."""
+    text = _THERE_ARE.sub("", plain(text)).strip()
+    if found := _HAN_COUNT.fullmatch(text):
+        text = found[1]
     if (whole := whole_number(text)) is not None:
         return whole
     words = text.split()

@@ -17,9 +17,10 @@ from megatron_glmv.rl.rewards.verifiers.base import BadReference, Question, wron
 from megatron_glmv.rl.rewards.verifiers.short_answer import ShortAnswerVerifier
 from megatron_glmv.rl.types import Reward, Task
 
-_TIME = r"(?:(\d{1,3}):)?(?:(\d{1,3}):)?(\d{1,6}(?:\.\d{1,6})?)\s?(?:seconds|second|sec|s)?"
-_SPAN = re.compile(rf"[\[(<]?\s?(?:from\s)?{_TIME}\s{{0,3}}(?:-|–|—|~|,|to|until|and)\s{{0,3}}{_TIME}\s?[\])>]?", re.IGNORECASE)
-_BETWEEN = re.compile(r"[\s,;\[\]]*(?:and[\s,;]*)?")
+_TIME = r"(?:(\d{1,3}):)?(?:(\d{1,3}):)?(\d{1,6}(?:\.\d{1,6})?)\s?(?:seconds|second|sec|s|秒)?"
+_TO = r"\s{0,3}(?:-|–|—|~|,|to|until|and|到|至)\s{0,3}"
+_SPAN = re.compile(rf"[\[(<]?\s?(?:from\s|从)?第?{_TIME}{_TO}第?{_TIME}\s?[\])>]?", re.IGNORECASE)
+_BETWEEN = re.compile(r"[\s,;，、；\[\]]*(?:(?:and|和)[\s,;]*)?")
 
 
 def read_spans(text: str) -> list[Span] | None:
