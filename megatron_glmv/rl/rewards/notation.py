@@ -42,6 +42,8 @@ _COMMAND = re.compile(r"\\([A-Za-z]{1,20})(?![A-Za-z])")
 _WORD = re.compile(r"(?<![\d/*\\])(?<![\d/*\\] )\b(?:[A-Z][a-z]{3,}|Yes|No|Odd)\b")
 """A word with a capital, but no unit behind a number and no command: Mcal is not mcal, \\Delta not \\delta."""
 _AROUND_MARKS = re.compile(r"\s*([^\w\s\\.])\s*")
+_END_MARKS = " .,;:!?\"'`*。、！？"
+_POINT_FIRST = re.compile(r"\.\d")
 _CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "—": "-", "‐": "-", "﹣": "-", "×": "*", "·": "*", "⋅": "*", "∙": "*", "÷": "/", "∕": "/", "⁄": "/",
     "≤": "<=", "≥": ">=", "≠": "!=", "≅": "≈", "≃": "≈", "π": "\\pi ", "√": " sqrt ", "∞": "\\infty ", "µ": "μ", "Ω": "Ω",
@@ -102,12 +104,13 @@ def spelled(text: str) -> str:
 
 def folded(text: str, *, cased: bool = False) -> str:
     """A short text for exact comparison: width, spaces, quotes, articles, marks at the ends and, unless `cased`, case go."""
-    text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
+    text = unicodedata.normalize("NFKC", _RAISED.sub(r"^\g<0>", text).translate(_CHARACTERS))
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text if cased else text.casefold())
     words = text.replace("$", " ").split()
-    while len(words) > 1 and words[0].lower() in ("a", "an", "the"):
+    while len(words) > 1 and words[0].lower() in (("a", "an", "the") if len(words[1]) > 1 else ("the",)):
         del words[0]
-    return " ".join(words).strip(" .,;:!?\"'`*。、！？")
+    text = " ".join(words).rstrip(_END_MARKS)
+    return text if _POINT_FIRST.match(text) else text.lstrip(_END_MARKS)
 
 
 def number_word(text: str) -> int | None:
