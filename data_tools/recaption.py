@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_tools.corpus import arguments
 from data_tools.corpus.checks import Loaded, Medium
@@ -43,7 +43,7 @@ PROMPT = (
 )
 SENT_BYTES = 4 << 20
 SENT_SIDE = 2048
-"""A larger picture, or one of a kind that servers do not take, is sent as a JPEG with this longer side."""
+"""A larger picture, or one of a kind that servers do not take, is sent upright as a JPEG with this longer side."""
 WEB = {"jpg": "jpeg", "png": "png", "webp": "webp"}
 LONGEST_WAIT_S = 60.0
 
@@ -231,14 +231,15 @@ class _Answers:
 
 
 def data_uris(medium: Medium) -> list[str]:
-    """A picture as a data: URI, a video as those of its frames."""
+    """A picture as a data: URI, a video as those of its frames; what is sent untouched keeps its EXIF data."""
     if medium.kind == "video":
         return [_jpeg_uri(frame) for frame in medium.previews]
     if medium.extension in WEB and len(medium.data) <= SENT_BYTES:
         return [f"data:image/{WEB[medium.extension]};base64,{base64.b64encode(medium.data).decode()}"]
     with Image.open(io.BytesIO(medium.data)) as picture:
-        picture.thumbnail((SENT_SIDE, SENT_SIDE))
-        return [_jpeg_uri(picture)]
+        upright = ImageOps.exif_transpose(picture)  # the JPEG carries no EXIF
+        upright.thumbnail((SENT_SIDE, SENT_SIDE))
+        return [_jpeg_uri(upright)]
 
 
 def _jpeg_uri(picture: Image.Image) -> str:

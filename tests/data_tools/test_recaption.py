@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 from collections import Counter
@@ -12,9 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data_tools import cli
+from data_tools import cli, recaption
+from data_tools.corpus.checks import Medium
+from tests.data.pictures import encode, rotated_exif
 from tests.data_tools.fuzzed import contents, jpeg
 
 NUM = 40
@@ -173,3 +178,21 @@ def test_a_server_that_goes_away_stops_the_job_and_answers_are_kept(
     assert run(captioner, corpus, tmp_path / "none", "--ratio", "1", "--retries", "0") == 1
     assert "http://127.0.0.1:9/v1: no answer after 1 tries" in capsys.readouterr().err
     captioner.url = url
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_a_picture_too_large_to_send_is_sent_upright(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored lying with its dark half on the left and an EXIF turn of 6: upright it is tall, and dark above.
+
+    Of a TIFF Pillow applies the turn by itself; it is not applied twice.
+    """
+    monkeypatch.setattr(recaption, "SENT_BYTES", 1000)
+    pixels = np.full((300, 400, 3), 250, dtype=np.uint8)
+    pixels[:, :200] = 10
+    data = encode(Image.fromarray(pixels), form, exif=rotated_exif(6))
+    (uri,) = recaption.data_uris(Medium("image", data, {"JPEG": "jpg", "TIFF": "tiff"}[form], 300, 400))
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as sent:
+        assert sent.size == (300, 400)
+        grey = np.asarray(sent.convert("L"))
+    assert grey[:180].max() < 50
+    assert grey[220:].min() > 200
