@@ -1,7 +1,8 @@
 """What a picture or video will be in a row, from its header alone: size, orientation, grid, frames.
 
 Packing a million samples opens a million files; decoding them would take hours, their headers take a minute. A file that ends
-early is found without decoding as well: the end of its format is looked for where it should stand.
+early is found without decoding as well: the end of its format is looked for where it should stand, and only a picture that has
+it elsewhere is decoded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ START = 64
 CONVERTED = {"gif": (0, b"GIF8"), "avif": (4, b"ftypavif"), "jp2": (0, b"\x00\x00\x00\x0cjP  ")}
 """Pictures that the loader does not read, but Pillow: where what stands that tells them; they are decoded and converted."""
 ENDS = {"jpg": (b"\xff\xd9", 4096), "png": (b"IEND", 4096)}
-"""What stands near the end of a complete file, and in how many bytes; cameras write a little behind it."""
+"""What stands near the end of a complete file, and in how many bytes; cameras write a little behind it, phones a video."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,12 @@ def _check_end(ref: MediaRef, file: BinaryIO, extension: str, size: int) -> None
     if extension in ENDS:
         mark, reach = ENDS[extension]
         file.seek(max(0, size - reach))
-        if mark not in file.read(reach):
+        if mark in file.read(reach):
+            return
+        data = read_bytes(ref)
+        if mark not in data:
             raise Fault("image_broken", f"{ref.name}: it ends early")
+        check_medium(ref, data, "decode")  # the mark may be that of a thumbnail in a file that was cut off
     elif extension == "webp":
         file.seek(4)
         if int.from_bytes(file.read(4), "little") + 8 > size:

@@ -24,8 +24,11 @@ from PIL import Image
 
 from data_tools import cli, digits, pack, pack_rows
 from data_tools.corpus import reader
+from data_tools.corpus.faults import Fault
 from data_tools.corpus.job import JobStopped, Part
+from data_tools.corpus.media import MediaRef, Place
 from data_tools.corpus.reader import CorpusError
+from data_tools.headers import plan_medium
 from data_tools.pack_rows import RowSettings
 from megatron_glmv.config.data import DataConfig
 from megatron_glmv.config.model import ModelConfig
@@ -369,7 +372,8 @@ def test_every_kind_of_file_is_packed_so_that_the_loader_decodes_it(base: Path, 
     """Every kind of picture and video, from headers only: the loader finds the sizes that were planned, and no fault."""
     files = {**kinds(60, 100), "deep": encode(Image.fromarray(draw(60, 100)[..., 0].astype(np.uint16) * 257)),
              "gif": encode(Image.fromarray(draw(60, 100)).quantize(64), "GIF"),
-             "tiff-rotated": encode(Image.fromarray(draw(60, 100)), "TIFF", exif=rotated_exif())}  # fmt: skip
+             "tiff-rotated": encode(Image.fromarray(draw(60, 100)), "TIFF", exif=rotated_exif()),
+             "jpeg-with-a-video-behind": encode(draw(60, 100), "JPEG") + clip()}  # fmt: skip
     lines = []
     for name, data in {**files, "clip": clip()}.items():
         (tmp_path / name).write_bytes(data)
@@ -389,6 +393,20 @@ def test_every_kind_of_file_is_packed_so_that_the_loader_decodes_it(base: Path, 
                        data_rank=0, data_size=1, decode=True, align=8)  # fmt: skip
     assert stream.step(0).faults == ()
     stream.close()
+
+
+def test_a_thumbnail_does_not_hide_that_a_picture_ends_early(base: Path) -> None:
+    """The end of the thumbnail in a cut picture's EXIF data is no end of the picture."""
+    exif, thumbnail = rotated_exif(1), encode(Image.new("L", (8, 8)), "JPEG")
+    exif[0x927C] = thumbnail  # a maker's note
+    whole = encode(draw(300, 400), "JPEG", quality=95, exif=exif)
+    cut = whole[: len(whole) // 2]
+    assert cut.count(b"\xff\xd9") == 1
+    chat = Chat(base / "processor")
+    for data in (whole, whole + bytes(5000)):
+        plan_medium(MediaRef("image", "a.jpg", Place("file", "a.jpg"), data), chat)
+    with pytest.raises(Fault, match="image_broken"):
+        plan_medium(MediaRef("image", "a.jpg", Place("file", "a.jpg"), cut), chat)
 
 
 def test_a_sample_longer_than_a_row_is_named(mixed: Path, base: Path, tmp_path: Path) -> None:
