@@ -106,17 +106,23 @@ def pack_samples(plan: Plan, out: Path, num_workers: int = 0, part: Part | None 
         cost, seconds. Of a part that is not the last to finish: which part is complete.
 
     Raises:
-        CorpusError: an input or `out` that cannot be used, or too many samples that cannot.
+        CorpusError: an input or `out` that cannot be used, another process that does this part, or too many unusable samples.
         SampleError: a sample longer than a row, without skip_long.
         ShardError: no sample is usable.
         OSError: a file cannot be written.
     """
     part = part or Part()
     job = Job("pack", out, plan.settings(part.count), part=part, num_workers=num_workers, max_bad_share=plan.max_bad_share)
+    with job.claimed():
+        return _pack(job, plan)
+
+
+def _pack(job: Job, plan: Plan) -> dict[str, Any]:
     _keep_measured(job, plan)
     done = job.start()
     if done is not None:
         return done
+    part = job.part
     chunks = list_chunks(plan.inputs, media_roots=plan.media_roots)
     job.run_pass(MEASURED, chunks, Measuring(plan.rows.processor, plan.decode, plan.thinking))
     width = len(str(part.count - 1))

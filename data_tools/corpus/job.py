@@ -1,15 +1,14 @@
 """The frame that tools over a corpus run in: chunks of work, done by many processes and machines, each exactly once.
 
 A chunk's result is complete when its marker is there, and the marker is written last; so a killed run continues behind the
-complete chunks, and parts of a job (`--part i/n`) share one folder without talking to each other. Whoever finds every marker
-finishes the job. OUT appears in one rename.
+complete chunks, and parts of a job (`--part i/n`) share one folder without talking to each other. A part is done by one process
+at a time. Whoever finds every marker finishes the job. OUT appears in one rename.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import json
 import multiprocessing
 import os
@@ -29,11 +28,13 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
+from data_tools.corpus.locks import claim, wait_turn
 from data_tools.corpus.reader import LISTS, CorpusError
 
 REPORT = "report.json"
 SETTINGS = "settings.json"
 LOCK = "lock"
+PART_LOCKS = "part-*-of-*.lock"
 DROPPED, REPAIRED = LISTS
 FEWEST_JUDGED = 1000
 """Samples before the share of faults is judged, and at the end."""
@@ -135,22 +136,44 @@ class Job:
         self.partial = out.with_name(out.name + ".partial")
         self._num_workers, self._max_bad_share, self._wait_s = num_workers, max_bad_share, wait_s
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """The whole of this part's work, from before `start`: no other process does it meanwhile. A killed one lets go.
+
+        Raises:
+            CorpusError: another process works on this part or on one of another division, or OUT.partial holds something else.
+        """
+        if self.out.exists():  # nothing is left to do, as `start` finds
+            yield
+            return
+        own = f"part-{self.part.number}-of-{self.part.count}.lock"
+        if self.partial.exists() and not (self.partial / SETTINGS).exists():
+            locks = {path.name for path in self.partial.glob(PART_LOCKS)} | {LOCK}
+            if any(path.name not in locks for path in self.partial.iterdir()):
+                raise CorpusError(f"{self.partial}: exists and is no folder of this tool; remove it or choose another OUT")
+        self.partial.mkdir(parents=True, exist_ok=True)
+        with claim(self.partial / own, _describe_part(own)):
+            with self.alone():
+                # Parts of 2 and of 3 have chunks in common.
+                for path in self.partial.glob(PART_LOCKS):
+                    if not path.name.endswith(f"-of-{self.part.count}.lock"):
+                        with claim(path, _describe_part(path.name)):
+                            pass
+            yield
+
     def start(self) -> dict[str, Any] | None:
-        """Open OUT.partial, or find that the job is complete.
+        """Open OUT.partial, or find that the job is complete; within `claimed`.
 
         Returns:
             The report of a complete job, else None.
 
         Raises:
-            CorpusError: OUT or OUT.partial holds something else, or was made with other settings.
+            CorpusError: OUT holds something else, or one of them was made with other settings.
         """
         finished = self.finished()
         if finished is not None:
             return finished
         path = self.partial / SETTINGS
-        if self.partial.exists() and not path.exists() and any(self.partial.iterdir()):
-            raise CorpusError(f"{self.partial}: exists and is no folder of this tool; remove it or choose another OUT")
-        self.partial.mkdir(parents=True, exist_ok=True)
         with self.alone():
             # The part that finishes holds the lock while it writes chunks again and until OUT has its name.
             finished = self.finished()
@@ -176,8 +199,7 @@ class Job:
         except (OSError, ValueError):
             raise CorpusError(f"{self.out}: exists and is no output of this tool; remove it or choose another OUT") from None
         self._check(self.out, report)
-        for name in (SETTINGS, LOCK):
-            (self.out / name).unlink(missing_ok=True)
+        self._tidy()
         return report | {"reused": True}
 
     def run_pass(self, name: str, chunks: Sequence[C], work: Work[C]) -> bool:
@@ -228,8 +250,7 @@ class Job:
     def alone(self) -> Iterator[None]:
         """Only one process of all parts at a time; a killed one lets go. Others may finish the job before its turn."""
         folder = self.partial if self.partial.exists() else self.out
-        with (folder / LOCK).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with wait_turn(folder / LOCK):
             yield
 
     def waiting_report(self, name: str) -> dict[str, Any]:
@@ -267,9 +288,12 @@ class Job:
         write_json(self.partial / REPORT, report)
         # Behind the rename: a folder without settings would be taken for one of another tool after a kill.
         self.partial.rename(self.out)
-        for name in (SETTINGS, LOCK):
-            (self.out / name).unlink(missing_ok=True)
+        self._tidy()
         return report
+
+    def _tidy(self) -> None:
+        for path in (self.out / SETTINGS, self.out / LOCK, *self.out.glob(PART_LOCKS)):
+            path.unlink(missing_ok=True)
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
         if found.get("tool") != self.tool:
@@ -356,6 +380,11 @@ def merge_lines(paths: Sequence[Path], target: Path) -> None:
 def chunk_path(folder: Path, number: int, suffix: str) -> Path:
     """A file of a chunk in the folder of a pass."""
     return folder / f"{number:06d}.{suffix}"
+
+
+def _describe_part(lock: str) -> str:
+    _, number, _, count = lock.removesuffix(".lock").split("-")
+    return f"part {number}/{count}" if count != "1" else "this job"
 
 
 def _marker(folder: Path, number: int) -> Path:

@@ -218,8 +218,13 @@ def run_tool(tool: Tool, job: Job, chunks: Sequence[Source], settings: Settings)
         The report; when other parts are not done, what to do next.
 
     Raises:
-        CorpusError: the folder cannot be used, or the job stopped at too many faults.
+        CorpusError: the folder cannot be used, another process does this part, or the job stopped at too many faults.
     """
+    with job.claimed():
+        return _run(tool, job, chunks, settings)
+
+
+def _run(tool: Tool, job: Job, chunks: Sequence[Source], settings: Settings) -> dict[str, Any]:
     report = job.start()
     if report is not None:
         return report

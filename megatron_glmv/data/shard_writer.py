@@ -48,6 +48,8 @@ class ShardWriter:
     ) -> None:
         """Open `folder` for writing; an index and shards of this prefix that are already there are removed.
 
+        The caller sees to it that no other process writes shards of this prefix: they would be removed under its hands.
+
         Args:
             folder: created when missing.
             length: tokens of a row.

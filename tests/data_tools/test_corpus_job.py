@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from data_tools import cli
+from data_tools.corpus import locks
 from tests.data_tools.fuzzed import contents, jpeg, pair
 
 NUM, CHUNK = 360, 12
@@ -112,6 +114,47 @@ def test_parts_that_run_at_once_wait_for_each_other(corpus: Path, tmp_path: Path
     assert [part.wait(timeout=90) for part in parts] == [0, 0, 0]
     assert contents(tmp_path / "parts") == contents(tmp_path / "once")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "parts"]
+
+
+@pytest.mark.parametrize("tool", ["filter", "dedupe"])
+def test_a_job_that_runs_is_not_started_again_and_a_kill_lets_go(
+    tool: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command(tool, corpus, tmp_path / "once", "--workers", "1")) == 0
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    running = start(command(tool, corpus, out, "--workers", "1"))
+    while not list(partial.glob("*/*.done.json")):
+        assert running.poll() is None
+        time.sleep(0.002)
+    running.send_signal(signal.SIGSTOP)
+    capsys.readouterr()
+    assert cli.main(command(tool, corpus, out, "--workers", "1")) == 1
+    error = capsys.readouterr().err.splitlines()
+    holder = f"process {running.pid} on {socket.gethostname()}"
+    assert error == [f"glmv-data {tool}: {partial}: this job is being done by {holder}; wait until that ends or stop it, "
+                     "then run the command again"]  # fmt: skip
+    running.kill()
+    running.wait()
+    assert cli.main(command(tool, corpus, out, "--workers", "1")) == 0
+    assert contents(out) == contents(tmp_path / "once")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["once", "out"]
+
+
+def test_a_part_that_runs_keeps_its_like_out_and_no_other(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first thing that a process leaves is its lock, and a folder with nothing else is no folder of another tool."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    with locks.claim(partial / "part-1-of-2.lock", "part 1/2"):
+        assert cli.main(command("filter", corpus, out, "--part", "0/2")) == 0
+        assert cli.main(command("filter", corpus, out, "--part", "1/2")) == 1
+        assert f"{partial}: part 1/2 is being done by process {os.getpid()}" in capsys.readouterr().err.splitlines()[-1]
+        assert cli.main(command("filter", corpus, out, "--part", "0/3")) == 1
+        assert f"{partial}: part 1/2 is being done by" in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main(command("filter", corpus, out, "--part", "1/2")) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(["dropped.jsonl", "media", "report.json", *(
+        f"samples-{number:06d}.jsonl" for number in range(NUM // CHUNK))])  # fmt: skip
 
 
 def test_too_many_faults_stop_the_job_and_a_larger_share_continues(

@@ -198,6 +198,30 @@ def test_parts_pack_their_share_and_the_last_joins(plan: pack.Plan, tmp_path: Pa
         pack.pack_samples(plan, tmp_path / "set", 1, Part(0, 2))
 
 
+def test_a_second_start_leaves_the_shards_of_the_first_alone(
+    plan: pack.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun while the first is in the middle of a shard, also with other rows, which remove those of an interrupted run."""
+    monkeypatch.setattr(pack_rows, "WINDOW", 64)
+    expected = pack.pack_samples(plan, tmp_path / "once", num_workers=1)
+    load, again = pack_rows.RowPacking._load, [plan, replace(plan, rows=replace(plan.rows, length=300))]
+
+    def start_again(self: pack_rows.RowPacking, row: pack_rows.PlannedRow, late: list[Any]) -> Any:
+        found = load(self, row, late)
+        if again and list(tmp_path.glob("set.partial/shard-*.tar")):
+            other = again.pop()
+            with pytest.raises(CorpusError, match=r"set\.partial: this job is being done by process"):
+                pack.pack_samples(other, tmp_path / "set", num_workers=1)
+        return found
+
+    monkeypatch.setattr(pack_rows.RowPacking, "_load", start_again)
+    report = pack.pack_samples(plan, tmp_path / "set", num_workers=1)
+    assert not again
+    assert without_times(report) == without_times(expected)
+    assert contents(tmp_path / "set") == contents(tmp_path / "once")
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {path.name for path in (tmp_path / "once").iterdir()}
+
+
 def test_a_killed_command_is_repeated_and_writes_the_same(plan: pack.Plan, tmp_path: Path) -> None:
     """By kill -9 in the middle of the work, at a moment that the machine chooses."""
     command = [sys.executable, "-m", "data_tools", "pack", *map(str, plan.inputs), str(tmp_path / "set"), "--processor",
