@@ -31,12 +31,14 @@ from data_tools.corpus.media import Record
 from data_tools.corpus.pipeline import Context
 from data_tools.corpus.reader import CorpusError, list_chunks, list_files
 from data_tools.similarity import (
+    I64,
     U64,
+    find_equal,
     hash_grams,
     hash_picture,
     hash_text,
     label_clusters,
-    near_hashes,
+    label_hashes,
     near_texts,
     normalise_text,
     split_words,
@@ -115,14 +117,16 @@ class Dedupe:
         for number, position, reason, detail in corpus.contaminated:
             dropped[number][position] = (reason, detail)
         clusters = self._find_clusters(corpus)
+        exact = corpus.read("exact")
+        keys = corpus.read_keys(np.array(sorted(index for stays, others in clusters for index in (stays, *others)), np.int64))
         lines = []
         for stays, others in clusters:
-            kept = corpus.keys[stays]
+            kept = keys[stays]
             for index in others:
-                is_exact = bool((corpus.exact[index] == corpus.exact[stays]).all())
+                is_exact = bool((exact[index] == exact[stays]).all())
                 reason = "duplicate_exact" if is_exact else "duplicate_near"
-                dropped[corpus.chunks[index]][corpus.positions[index]] = (reason, f"of {kept}")
-            lines.append(json.dumps({"kept": kept, "dropped": [corpus.keys[index] for index in others]}) + "\n")
+                dropped[int(corpus.chunks[index])][int(corpus.positions[index])] = (reason, f"of {kept}")
+            lines.append(json.dumps({"kept": kept, "dropped": [keys[index] for index in others]}) + "\n")
         for number in numbers:
             chunk_path(folder, number, "json").write_text(json.dumps(list(dropped[number].items())), encoding="utf-8")
         (folder.parent / "clusters.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -158,47 +162,47 @@ class Dedupe:
         """For each cluster of more than one sample: the one that stays, and the others, all in corpus order."""
         labels = self._label(corpus)
         order = np.argsort(labels, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1) if len(order) else []
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(labels[order])) + 1, [len(order)]])
         clusters = []
-        for group in groups:
-            if len(group) > 1:
-                stays = group[0] if self.keep == "first" else group[int(np.argmax(corpus.pixels[group]))]
-                clusters.append((int(stays), [int(index) for index in group if index != stays]))
+        for number in np.flatnonzero(np.diff(starts) > 1):
+            group = order[starts[number] : starts[number + 1]]
+            stays = group[0] if self.keep == "first" else group[int(np.argmax(corpus.pixels[group]))]
+            clusters.append((int(stays), [int(index) for index in group if index != stays]))
         return sorted(clusters)
 
-    def _label(self, corpus: _Corpus) -> npt.NDArray[np.int64]:
+    def _label(self, corpus: _Corpus) -> I64:
         if self.exact_only:
-            return np.unique(corpus.exact, axis=0, return_inverse=True)[1].reshape(-1)
-        media = self._label_media(corpus)
-        texts, inverse = np.unique(corpus.signatures, axis=0, return_inverse=True)
-        text = label_clusters(len(texts), near_texts(texts, self.resemblance))[inverse.reshape(-1)]
-        # A text that says nothing is near to nothing, unless the pictures decide.
+            return np.unique(corpus.read("exact"), axis=0, return_inverse=True)[1].reshape(-1)
         uses_media = (corpus.kinds == VIDEOS) | ((corpus.kinds == PICTURES) & (self.match != "text"))
         uses_text = (corpus.kinds != PICTURES) | (self.match != "image")
-        pairs = np.stack([np.where(uses_media, media, -1), np.where(uses_text, text, -1), corpus.kinds], axis=1)
-        return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+        # A text that says nothing is near to nothing, unless the pictures decide.
+        labels = self._label_media(corpus, uses_media) + 1
+        labels = labels * (len(labels) + 1) + self._label_text(corpus, uses_text) + 1
+        return np.unique(labels * 3 + corpus.kinds, return_inverse=True)[1].reshape(-1)
 
-    def _label_media(self, corpus: _Corpus) -> npt.NDArray[np.int64]:
-        """Equal for samples with as many pictures (or frames) of which each is near its counterpart."""
-        labels = np.full(len(corpus.kinds), -1, dtype=np.int64)
+    def _label_media(self, corpus: _Corpus, uses: npt.NDArray[np.bool_]) -> I64:
+        """Equal for samples with as many pictures or frames, each near its counterpart; -1 where they do not count."""
+        labels = np.full(len(uses), -1, dtype=np.int64)
+        starts = np.cumsum(corpus.counts) - corpus.counts
+        all_hashes = corpus.read_hashes()
         used = 0
-        for count in np.unique(corpus.counts[corpus.counts > 0]):
-            own = np.flatnonzero(corpus.counts == count)
-            hashes, inverse = np.unique(
-                corpus.hashes[corpus.starts[own][:, None] + np.arange(count)], axis=0, return_inverse=True
-            )
-            near = (_close_everywhere(hashes, pair, self.distance) for pair in near_hashes(hashes[:, 0].copy(), self.distance))
-            labels[own] = used + label_clusters(len(hashes), near)[inverse.reshape(-1)]
+        for count in np.unique(corpus.counts[uses & (corpus.counts > 0)]):
+            own = np.flatnonzero(uses & (corpus.counts == count))
+            hashes, inverse = np.unique(all_hashes[starts[own][:, None] + np.arange(count)], axis=0, return_inverse=True)
+            labels[own] = used + label_hashes(hashes, self.distance)[inverse.reshape(-1)]
             used += len(hashes)
         return labels
 
-
-def _close_everywhere(
-    hashes: U64, pair: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]], distance: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    left, right = pair
-    close = (np.bitwise_count(hashes[left] ^ hashes[right]) <= distance).all(axis=1)
-    return left[close], right[close]
+    def _label_text(self, corpus: _Corpus, uses: npt.NDArray[np.bool_]) -> I64:
+        """Equal for samples whose texts are near; -1 where they do not count."""
+        labels = np.full(len(uses), -1, dtype=np.int64)
+        if uses.any():
+            signatures = corpus.read("signatures", uses)
+            firsts, which = find_equal(signatures)
+            if len(firsts) < len(signatures):
+                signatures = signatures[firsts]
+            labels[uses] = label_clusters(len(firsts), near_texts(signatures, self.resemblance))[which]
+        return labels
 
 
 @dataclass
@@ -242,46 +246,72 @@ class _Features:
 
 @dataclass(frozen=True)
 class _Corpus:
-    """Hashes of all samples that may stay, in corpus order."""
+    """All samples that may stay, in corpus order; hashes and keys stay on disk until they are needed."""
 
-    chunks: list[int]
-    positions: list[int]
-    keys: list[str]
-    kinds: npt.NDArray[np.int64]
-    pixels: npt.NDArray[np.int64]
-    exact: U64
-    signatures: npt.NDArray[np.uint32]
-    hashes: U64
-    counts: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
+    scans: Path
+    stay: dict[int, npt.NDArray[np.bool_]]
+    chunks: npt.NDArray[np.int32]
+    positions: I64
+    kinds: npt.NDArray[np.int8]
+    pixels: I64
+    counts: I64
     contaminated: list[tuple[int, int, str, str]]
 
     @classmethod
     def load(cls, scans: Path, numbers: Sequence[int], excluded: dict[int, list[int]]) -> _Corpus:
         """Without samples whose key is taken, and without those of benchmarks."""
-        chunks: list[int] = []
-        keys: list[str] = []
+        stay: dict[int, npt.NDArray[np.bool_]] = {}
         contaminated: list[tuple[int, int, str, str]] = []
-        parts: dict[str, list[npt.NDArray[Any]]] = defaultdict(list)
+        rows, counts = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)]
         for number in numbers:
             tree = json.loads(chunk_path(scans, number, "features.json").read_text(encoding="utf-8"))
             found = {position: detail for position, detail in tree["contaminated"] if position not in excluded.get(number, ())}
             contaminated += [(number, position, *detail) for position, detail in found.items()]
             with np.load(chunk_path(scans, number, "npz")) as arrays:
-                rows, counts = arrays["rows"], arrays["counts"]
-                stay = ~np.isin(rows[:, 0], [*excluded.get(number, ()), *found])
-                parts["rows"].append(rows[stay])
-                parts["counts"].append(counts[stay])
-                parts["hashes"].append(arrays["hashes"][np.repeat(stay, counts)])
-                parts["exact"].append(arrays["exact"][stay])
-                parts["signatures"].append(arrays["signatures"][stay])
-            chunks += [number] * int(stay.sum())
-            keys += [key for key, stays in zip(tree["keys"], stay, strict=True) if stays]
-        rows, counts, hashes, exact, signatures = (
-            np.concatenate(parts[name]) for name in ("rows", "counts", "hashes", "exact", "signatures")
-        )
-        return cls(chunks, rows[:, 0].tolist(), keys, rows[:, 1], rows[:, 2], exact, signatures, hashes, counts,
-                   np.cumsum(counts) - counts, contaminated)  # fmt: skip
+                stay[number] = ~np.isin(arrays["rows"][:, 0], [*excluded.get(number, ()), *found])
+                rows.append(arrays["rows"][stay[number]])
+                counts.append(arrays["counts"][stay[number]])
+        chunks = np.repeat(np.array(list(stay), np.int32), [int(mask.sum()) for mask in stay.values()])
+        positions, kinds, pixels = (np.concatenate([part[:, column] for part in rows]) for column in range(3))
+        return cls(scans, stay, chunks, positions, kinds.astype(np.int8), pixels, np.concatenate(counts), contaminated)
+
+    def read(self, name: str, wanted: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[Any]:
+        """One array of every chunk, of the samples that stay, or of the wanted ones of these."""
+        whole = np.empty(0)
+        start = filled = 0
+        for number, mask in self.stay.items():
+            end = start + int(mask.sum())
+            with np.load(chunk_path(self.scans, number, "npz")) as arrays:
+                own = arrays[name][mask]
+            own = own if wanted is None else own[wanted[start:end]]
+            if not start:
+                size = len(self.chunks) if wanted is None else int(wanted.sum())
+                whole = np.empty((size, *own.shape[1:]), own.dtype)
+            whole[filled : filled + len(own)] = own
+            start, filled = end, filled + len(own)
+        return whole
+
+    def read_hashes(self) -> U64:
+        """The hashes of every picture and frame, sample by sample."""
+        parts = [np.empty(0, np.uint64)]
+        for number, mask in self.stay.items():
+            with np.load(chunk_path(self.scans, number, "npz")) as arrays:
+                parts.append(arrays["hashes"][np.repeat(mask, arrays["counts"])])
+        return np.concatenate(parts)
+
+    def read_keys(self, wanted: I64) -> dict[int, str]:
+        """The keys of samples by their index; `wanted` ascends."""
+        keys: dict[int, str] = {}
+        start = 0
+        for number, mask in self.stay.items():
+            end = start + int(mask.sum())
+            own = wanted[slice(*np.searchsorted(wanted, [start, end]))]
+            if len(own):
+                tree = json.loads(chunk_path(self.scans, number, "features.json").read_text(encoding="utf-8"))
+                places = np.flatnonzero(mask)
+                keys |= {index: tree["keys"][places[index - start]] for index in own.tolist()}
+            start = end
+        return keys
 
 
 def all_text(record: Record) -> str:

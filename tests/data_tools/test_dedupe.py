@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image, ImageEnhance
+from scipy.sparse.csgraph import connected_components
 
 from data_tools import cli, similarity
 from data_tools.similarity import hash_picture, hash_text, label_clusters, near_hashes, near_texts, normalise_text
@@ -121,6 +124,93 @@ def test_long_joins_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = list(near_hashes(hashes, 2))
     assert len(pieces) > 1000
     assert {pair for left, right in pieces for pair in zip(left.tolist(), right.tolist(), strict=True)} == whole
+
+
+def scatter(count: int, bits: int, seed: int = 0) -> npt.NDArray[np.uint64]:
+    """Hashes of which each differs from one of 40 centres in at most so many bits."""
+    rng = np.random.default_rng(seed)
+    centres = rng.integers(0, 1 << 64, 40, dtype=np.uint64)
+    flips = [np.bitwise_or.reduce(np.uint64(1) << rng.choice(64, rng.integers(0, bits + 1), replace=False).astype(np.uint64),
+                                  initial=np.uint64(0)) for _ in range(count)]  # fmt: skip
+    return rng.choice(centres, count) ^ np.array(flips, np.uint64)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("pieces", [50, 1 << 18])
+def test_labels_are_those_of_all_pairs(columns: int, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where clusters are settled again and again on the way, and every bucket counts as large."""
+    monkeypatch.setattr(similarity, "PAIRS", pieces)
+    monkeypatch.setattr(similarity, "SMALL_BUCKET", 1)
+    for seed, distance in ((0, 3), (1, 6), (2, 9)):
+        hashes = np.stack([scatter(700, 7, 10 * seed + column) for column in range(columns)], axis=1)
+        hashes[::3, 0] = hashes[0, 0]
+        hashes[100:] = np.where(np.arange(600)[:, None] % 4 < 3, hashes[:600] ^ np.uint64(1 << seed), hashes[100:])
+        near = (np.bitwise_count(hashes[:, None] ^ hashes) <= distance).all(axis=2)
+        expected = connected_components(near, directed=False)[1]
+        found = similarity.label_hashes(hashes, distance)
+        assert len(set(zip(expected.tolist(), found.tolist(), strict=True))) == len(set(found.tolist())) == expected.max() + 1
+        assert 5 < expected.max() < 690
+
+
+@pytest.mark.parametrize("large", [1, 64])
+def test_no_pair_is_lost_where_labels_change_on_the_way(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that change in name only, behind two of three pieces: the search begins again behind what is done."""
+    monkeypatch.setattr(similarity, "PAIRS", 40)
+    monkeypatch.setattr(similarity, "SMALL_BUCKET", large)
+    hashes = np.unique(scatter(500, 7))
+    near = np.bitwise_count(hashes[:, None] ^ hashes) <= 8
+    expected = {(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(near, 1)), strict=True)}
+    rng, found = np.random.default_rng(0), set()
+    clusters = similarity.Clusters(len(hashes))
+    for left, right in near_hashes(hashes, 8, clusters=clusters):
+        found |= set(zip(left.tolist(), right.tolist(), strict=True))
+        if rng.random() < 2 / 3:
+            clusters.version += 1
+    assert found == expected
+
+
+def test_one_large_cluster_takes_neither_memory_nor_pairs_by_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hashes that are all near each other, and of rows that share a first picture, few pairs are looked at.
+
+    20,000 make 200 million pairs; a list of them takes 3 GiB. A piece of candidates is looked at whole before what it connects
+    counts, which allows one piece for each of the 68 ways in which buckets meet.
+    """
+    looked_at = 0
+    expand = similarity._expand
+
+    def count(*args: Any) -> Any:
+        nonlocal looked_at
+        for left, places in expand(*args):
+            looked_at += len(left)
+            yield left, places
+
+    monkeypatch.setattr(similarity, "_expand", count)
+    rng = np.random.default_rng(0)
+    near = np.unique(np.bitwise_or.reduce(np.uint64(1) << rng.integers(0, 64, (20_000, 3), dtype=np.uint64), axis=1))
+    one_cover = rng.integers(0, 1 << 64, (20_000, 3), dtype=np.uint64)
+    one_cover[:, 0] = one_cover[0, 0]
+    one_cover[::2, 1] = one_cover[0, 1]
+    for hashes, num_clusters in ((near[:, None], 1), (one_cover, 20_000)):
+        looked_at = 0
+        tracemalloc.start()
+        labels = similarity.label_hashes(hashes, 6)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        print(f"{len(hashes)} hashes: {looked_at} pairs looked at, {peak >> 20} MiB")
+        assert len(set(labels.tolist())) == num_clusters
+        assert looked_at < 68 * similarity.PAIRS + 100 * len(hashes)
+        assert peak < 48 << 20
+
+
+def test_equal_signatures_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "PAIRS", 16 * 7)
+    rng = np.random.default_rng(0)
+    signatures = rng.integers(0, 1 << 32, (40, 64), dtype=np.uint32)[rng.integers(0, 40, 200)]
+    firsts, which = similarity.find_equal(signatures)
+    assert (signatures[firsts][which] == signatures).all()
+    assert len(firsts) == len(np.unique(signatures, axis=0))
+    assert firsts.tolist() == sorted({which.tolist().index(number) for number in range(len(firsts))})
+    assert [len(found) for found in similarity.find_equal(signatures[:0])] == [0, 0]
 
 
 def test_near_texts_are_found_and_large_buckets_stay_cheap() -> None:
