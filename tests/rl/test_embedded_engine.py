@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_glmv.rl.engines.embedded import EmbeddedEngine
+from megatron_glmv.rl.engines.embedded import EmbeddedEngine, pick_tokens
 from megatron_glmv.rl.engines.engine import EngineError, Request
 from megatron_glmv.rl.force_answer import ForceRule
 from megatron_glmv.rl.types import Prompt, Rollout, Task
@@ -73,6 +73,13 @@ def test_sampling_follows_the_softmax() -> None:
 
 def test_a_nucleus_leaves_the_tail_out() -> None:
     engine_contract.check_nucleus(engine, prompt("text_only"))
+
+
+@pytest.mark.parametrize("total", [0.5, 0.75, 0.99999994, 1.0, 1.0000001])
+def test_the_largest_draw_is_no_token_without_a_chance(total: float) -> None:
+    sums = torch.tensor([[0.25, 0.5 * total, total, total, total]])
+    largest = float(np.nextafter(1.0, 0.0))
+    assert [pick_tokens(sums, [draw]).item() for draw in (0.0, largest)] == [0, 2]
 
 
 def test_a_rank_that_missed_an_update_says_so() -> None:

@@ -207,8 +207,7 @@ class EmbeddedEngine:
         """Add one token to every answer whose tokens have all been read; [len(alive)] int64, what the model reads next."""
         logprobs = torch.log_softmax(logits.float() / self._sampling.temperature, dim=-1)
         chances = _nucleus(logprobs, self._sampling.top_p).cumsum(-1)
-        draws = torch.tensor([answer.draw() for answer in alive], device=self._device)[:, None]
-        sampled = torch.searchsorted(chances, draws * chances[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+        sampled = pick_tokens(chances, [answer.draw() for answer in alive])
         chosen = logprobs.gather(1, sampled)[:, 0].tolist()
         for answer, token, logprob in zip(alive, sampled[:, 0].tolist(), chosen, strict=True):
             if token in self._placeholders:
@@ -247,6 +246,17 @@ class _Decoding:
 
     def _waits(self) -> bool:
         return bool(self.writing.budget) and self._read == len(self.writing.tokens)
+
+
+def pick_tokens(sums: Tensor, draws: Sequence[float]) -> Tensor:
+    """[B, 1] the token that each draw falls on; never one without a chance.
+
+    Args:
+        sums: [B, V] float32, chances added up from the first token to each.
+        draws: in [0, 1), of 53 bits. The largest become 1 in float32, which lies behind every token.
+    """
+    picked = torch.tensor(draws, dtype=sums.dtype, device=sums.device).clamp(max=1 - 2**-24)[:, None]
+    return torch.searchsorted(sums, picked * sums[:, -1:], right=True).clamp(max=sums.shape[1] - 1)
 
 
 def _nucleus(logprobs: Tensor, top_p: float) -> Tensor:
