@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from PIL import Image
 from megatron_glmv.config.base import ConfigError, validate
 from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.convert.hf_folder import HfWeights
+from megatron_glmv.rl.engines import vllm_weights
 from megatron_glmv.rl.engines.engine import EngineError, Request, Sampling
 from megatron_glmv.rl.engines.vllm import VllmEngine
 from megatron_glmv.rl.engines.vllm_wire import RequestFailed, collapse, upload
@@ -163,6 +165,49 @@ def test_a_load_that_fails_ends_the_run_and_leaves_the_server_paused(server: Fak
     with pytest.raises(EngineError, match=r"127.*_rpc: HTTP 500 \(no such folder\); does this server see .*weights-3"):
         make(server, ready="update")
     assert server.paused and "/resume" not in server.paths()
+
+
+def breaks_off(path: str, body: Any, number: int) -> tuple[int, Any] | None:
+    """The server's process dies while it loads."""
+    if path == "/collective_rpc":
+        raise ConnectionResetError
+    return None
+
+
+def fails(path: str, body: Any, number: int) -> tuple[int, Any] | None:
+    return bad(500, "out of memory") if path == "/collective_rpc" else None
+
+
+def holds_its_cache(path: str, body: Any, number: int) -> tuple[int, Any] | None:
+    return (200, {"success": False}) if path == "/reset_prefix_cache" else None
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (breaks_off, "/collective_rpc: RemoteProtocolError\n"),
+        (fails, r"HTTP 500 \(out of memory\); does this server see .*weights-3\? It must be started again\n"),
+        (holds_its_cache, "the prefix cache cannot be emptied"),
+    ],
+)
+def test_a_server_that_does_not_load_is_left_out(
+    server: FakeVllm, second: FakeVllm, make, caplog, monkeypatch: pytest.MonkeyPatch, fault: Any, reason: str
+) -> None:
+    monkeypatch.setattr(vllm_weights, "_WAIT_S", 0.001)
+    second.override = fault
+    engine = make(server, second, ready="update")
+    assert re.search(f"{second.url} is left out until new weights are sent: .*{reason}", caplog.text)
+    assert all(answers(engine, *(Request(prompt(), 1, seed=seed) for seed in range(4))))
+    assert len(server.asked()) == 4 and not second.asked() and "/resume" not in second.paths()
+    second.override = lambda path, body, number: None
+    engine.update_weights(WEIGHTS.items(), version=4)
+    assert second.version == "4"
+
+
+def test_a_server_that_lacks_an_option_ends_the_run_beside_others(server: FakeVllm, second: FakeVllm, make) -> None:
+    second.override = lambda path, body, number: bad(404, "Not Found") if path == "/collective_rpc" else None
+    with pytest.raises(EngineError, match=r"HTTP 404 \(Not Found\); start it with VLLM_SERVER_DEV_MODE=1"):
+        make(server, second, ready="update")
 
 
 def test_a_cache_that_is_still_held_is_emptied_again(server: FakeVllm, make) -> None:

@@ -77,7 +77,7 @@ class VllmEngine:
         """Bring new weights to all servers that answer; on rank 0 only.
 
         Raises:
-            EngineError: the tensors are not those of the architecture, no server is there, or one did not load them.
+            EngineError: the tensors are not those of the architecture, no server is there that loads them, or one refuses to.
         """
         self._version = None
         self._servers.find()
@@ -88,14 +88,14 @@ class VllmEngine:
         """Bring the weights of a Hugging Face folder that the servers see to all of them that answer.
 
         Raises:
-            EngineError: no server is there, or one did not load them.
+            EngineError: no server is there that loads them, or one refuses to.
         """
         self._version = None
         self._servers.find()
         self._renew(vllm_weights.load_from(folder.absolute()), version)
 
     def _renew(self, load: vllm_weights.Load, version: int) -> None:
-        """Have every server load weights that are ready for it."""
+        """Have every server load weights that are ready for it; those that do not are left out."""
 
         def renew(url: str) -> None:
             try:

@@ -1,8 +1,8 @@
 """The servers behind the vLLM engine: which are there, who gets the next request, and what becomes of one that fails.
 
-A server that is gone, or that serves other weights than the run's, is left out until new weights are sent; its requests go to
-the others. A request that fails for another reason is tried again and then given up: its answers are left out and counted. What
-every request would meet (no server, a missing option) ends the run with one line.
+A server that is gone, that does not load new weights, or that serves others than the run's, is left out until new weights are
+sent; its requests go to the others. A request that fails for another reason is tried again and then given up: its answers are
+left out and counted. What every request would meet (no server, a missing option) ends the run with one line.
 
 Source: vLLM 0.32.0, entrypoints/rl/online/api_router.py and entrypoints/serve (paths), measured answers of a running server.
 """
@@ -36,7 +36,15 @@ _HINTS = {
 
 
 class ServerGone(Exception):
-    """A server that no request should go to any more."""
+    """A server that no request should go to any more.
+
+    Attributes:
+        answered: it is there, and says that it failed.
+    """
+
+    def __init__(self, reason: str, *, answered: bool = False) -> None:
+        super().__init__(reason)
+        self.answered = answered
 
 
 class Servers:
@@ -138,8 +146,8 @@ class Servers:
             long: wait as long as for answers.
 
         Raises:
-            ServerGone: nothing answers at the address.
-            EngineError: any other failure.
+            ServerGone: nothing answers at the address, the connection broke off, or the server failed itself.
+            EngineError: it refuses, or says something else than was asked for: another server of its kind would, too.
         """
         timeout_s = self._config.timeout_s if long else CONTROL_S
         try:
@@ -148,6 +156,8 @@ class Servers:
         except http.Failure as failure:
             if failure.refused:
                 raise ServerGone(str(failure)) from None
+            if failure.reason == "down" and failure.again:
+                raise ServerGone(f"{path}: {explain(failure)}", answered=failure.status > 0) from None
             raise EngineError(f"{url}{path}: {explain(failure)}") from None
         except EngineError as error:
             raise EngineError(f"{url}: {error}") from None

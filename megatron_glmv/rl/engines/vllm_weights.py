@@ -30,7 +30,7 @@ from megatron_glmv.config.weight_map import MappingError, hf_names
 from megatron_glmv.convert.hf_folder import write_weights
 from megatron_glmv.convert.new_folder import new_folder
 from megatron_glmv.rl.engines.engine import EngineError
-from megatron_glmv.rl.engines.vllm_servers import Servers
+from megatron_glmv.rl.engines.vllm_servers import ServerGone, Servers
 
 CACHES = ("prefix", "mm", "encoder")
 _TRIES, _WAIT_S = 50, 0.1
@@ -112,8 +112,8 @@ def renew(servers: Servers, url: str, load: Load, version: int) -> None:
     """Bring one server to new weights.
 
     Raises:
-        ServerGone: nothing answers at its address.
-        EngineError: a step failed; the server stays paused and has to be started again.
+        ServerGone: it is gone, or a step failed; then the server stays paused and has to be started again.
+        EngineError: it lacks what every server needs.
     """
 
     def post(path: str, body: Mapping[str, Any], *, long: bool = False) -> Any:
@@ -123,6 +123,10 @@ def renew(servers: Servers, url: str, load: Load, version: int) -> None:
     post("/pause?mode=abort", {}, long=True)
     try:
         post(load.path, load.body, long=True)
+    except ServerGone as gone:
+        if not gone.answered:
+            raise
+        raise ServerGone(f"{gone}; does this server see {load.where}? It must be started again") from None
     except EngineError as error:
         raise EngineError(f"{error}; does this server see {load.where}? It must be started again") from None
     for cache in CACHES:
@@ -135,7 +139,7 @@ def served_version(servers: Servers, url: str) -> str:
     """The version that a server says it serves.
 
     Raises:
-        ServerGone: nothing answers at its address.
+        ServerGone: it does not answer.
         EngineError: another reply.
     """
     return servers.order(url, "/weight_info", None, lambda reply: str(reply["weight_version"]))
@@ -147,4 +151,4 @@ def _reset(servers: Servers, url: str, cache: str) -> None:
         if reply is None or reply.get("success", True):
             return
         time.sleep(_WAIT_S)
-    raise EngineError(f"{url}: the {cache} cache cannot be emptied, requests still hold it; start the server again")
+    raise ServerGone(f"the {cache} cache cannot be emptied, requests still hold it; start the server again", answered=True)
