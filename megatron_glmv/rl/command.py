@@ -95,9 +95,9 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
     state = first_state(config, models, assembly, checkpointer)
     _load_state(checkpointer.origin, curriculum, expansion)
     sampling = sampling_in_ids(config.sampling, config.force_answer, config.model.shape, chat)
-    longest = sampling.rule if isinstance(sampling.rule, int) else sampling.rule.max_tokens
+    max_prompt_tokens = config.prompts.max_tokens or config.repack.row_length - sampling.max_tokens
     with contextlib.ExitStack() as stack:
-        engine = open_engine(config, sampling)
+        engine = open_engine(config, sampling, max_prompt_tokens)
         stack.callback(engine.close)
         reader = PromptReader(chat, config.model.shape, _decode_device(config), config.prompts.decode_threads)
         stack.callback(reader.close)
@@ -109,7 +109,7 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
                 reader,
                 engine,
                 rewarder,
-                max_prompt_tokens=config.prompts.max_tokens or config.repack.row_length - longest,
+                max_prompt_tokens=max_prompt_tokens,
                 max_bad_share=share,
                 max_masked_share=config.rewards.max_masked_share,
                 max_missing_share=config.engine.max_missing_share,
@@ -147,12 +147,12 @@ def open_run(config: RlConfig, job: Job) -> Iterator[RlRun]:
         )
 
 
-def open_engine(config: RlConfig, sampling: Sampling) -> Engine:
+def open_engine(config: RlConfig, sampling: Sampling, max_prompt_tokens: int) -> Engine:
     """The configured engine of this rank, still without weights."""
     dtype = torch.float32 if config.precision.dtype == "fp32" else torch.bfloat16
     shape, settings = config.model.shape, config.engine
     if isinstance(settings, VllmConfig):
-        return VllmEngine(shape, sampling, settings, dtype=dtype)
+        return VllmEngine(shape, sampling, settings, dtype=dtype, max_prompt_tokens=max_prompt_tokens)
     return EmbeddedEngine(shape, sampling, max_answers=settings.max_answers, dtype=dtype, device=platform.device())
 
 

@@ -26,7 +26,6 @@ from megatron_glmv.data.chat import Chat, ProcessorError
 from megatron_glmv.rl.engines.embedded import EmbeddedEngine
 from megatron_glmv.rl.engines.engine import Engine, Request, Sampling
 from megatron_glmv.rl.engines.vllm import VllmEngine
-from megatron_glmv.rl.force_answer import ForceRule
 from megatron_glmv.rl.grade_counts import Count, GradeError
 from megatron_glmv.rl.prompt_reader import BadPromptError, PromptReader
 from megatron_glmv.rl.prompts import PromptFiles
@@ -141,7 +140,7 @@ class Answering:
         self._num_answers, self._max_masked = config.sampling.group_size, config.rewards.max_masked_share
         chat = model.open_chat()
         sampling = sampling_in_ids(config.sampling, config.force_answer, model.shape, chat)
-        longest = sampling.rule.max_tokens if isinstance(sampling.rule, ForceRule) else sampling.rule
+        longest = sampling.max_tokens
         room = model.shape.text.max_positions - longest
         if room < 1:
             raise GradeError(

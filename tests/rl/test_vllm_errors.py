@@ -56,12 +56,18 @@ def make(tmp_path: Path) -> Iterator[Any]:
     """Makes engines for servers: as rank 0 brings weights (update), as another rank finds them (expect), or without any."""
     made: list[VllmEngine] = []
 
-    def engine(*servers: FakeVllm | str, rule: ForceRule | int = 4, ready: str = "expect", **settings: Any) -> VllmEngine:
+    def engine(
+        *servers: FakeVllm | str,
+        rule: ForceRule | int = 4,
+        ready: str = "expect",
+        max_prompt_tokens: int = 0,
+        **settings: Any,
+    ) -> VllmEngine:
         addresses = [one if isinstance(one, str) else one.url for one in servers]
         defaults = {"backoff_s": 0.01, "timeout_s": 5, "concurrency": 4, "weights": {"folder": str(tmp_path / "weights")}}
         config = validate(VllmConfig, defaults | {"addresses": addresses} | settings)
         sampling = Sampling(1.0, 1.0, SPECIAL.eos, rule, lambda ids: " ".join(map(str, ids)))
-        made.append(VllmEngine(SHAPE, sampling, config))
+        made.append(VllmEngine(SHAPE, sampling, config, max_prompt_tokens=max_prompt_tokens))
         if ready == "update":
             made[-1].update_weights(WEIGHTS.items(), version=3)
         elif ready == "expect":
@@ -500,6 +506,31 @@ def test_an_answer_ends_where_the_context_does(make) -> None:
         rollouts = answers(make(server, rule=RULE), Request(prompt(), 2, seed=0))[0]  # 3 + 6 + 3 inserted = 12
         assert [(one.finish, len(one.tokens)) for one in rollouts] == [("length", 9)] * 2
         assert len(server.asked()) == 2
+    finally:
+        server.close()
+
+
+def test_a_context_without_room_for_an_answer_is_refused(make) -> None:
+    server = FakeVllm(max_model_len=11)
+    try:
+        with pytest.raises(EngineError, match=r"take 11 tokens, and an answer 12: start them with more --max-model-len"):
+            make(server, rule=RULE, ready="update")
+        with pytest.raises(EngineError, match=r"--max-model-len"):
+            make(server, rule=RULE, ready="not").load_folder(Path("anywhere"), 0)
+        assert "/pause?mode=abort" not in server.paths()
+    finally:
+        server.close()
+
+
+def test_a_context_that_cuts_the_longest_answers_off_is_told_once(make, caplog) -> None:
+    server = FakeVllm(max_model_len=31)
+    try:
+        engine = make(server, rule=RULE, ready="update", max_prompt_tokens=19)
+        assert "max-model-len" not in caplog.text
+        engine = make(server, rule=RULE, ready="update", max_prompt_tokens=20)
+        engine.update_weights(WEIGHTS.items(), version=4)
+        [said] = [record.getMessage() for record in caplog.records if "max-model-len" in record.getMessage()]
+        assert "take 31 tokens" in said and "--max-model-len 32" in said
     finally:
         server.close()
 

@@ -39,6 +39,11 @@ class Sampling:
     rule: ForceRule | int
     text: Callable[[Sequence[int]], str]
 
+    @property
+    def max_tokens(self) -> int:
+        """Longest answer, inserted tokens included."""
+        return self.rule if isinstance(self.rule, int) else self.rule.max_tokens
+
 
 @dataclass(frozen=True)
 class Request:

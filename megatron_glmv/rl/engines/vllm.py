@@ -48,6 +48,7 @@ class VllmEngine:
         sampling: temperature, nucleus, stop tokens, budgets and how ids become text.
         config: addresses, limits, and how weights reach the servers.
         dtype: of the weights as they are sent.
+        max_prompt_tokens: longest prompt; 0: not known.
 
     Attributes:
         meter: requests, retries, failures, tokens and seconds since the start.
@@ -59,7 +60,13 @@ class VllmEngine:
     weights_on_every_rank = False
 
     def __init__(
-        self, shape: ModelShape, sampling: Sampling, config: VllmConfig, *, dtype: torch.dtype = torch.float32
+        self,
+        shape: ModelShape,
+        sampling: Sampling,
+        config: VllmConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        max_prompt_tokens: int = 0,
     ) -> None:
         self._shape, self._sampling, self._config = shape, sampling, config
         self._servers = Servers(config)
@@ -67,6 +74,8 @@ class VllmEngine:
         self._pool = ThreadPoolExecutor(config.concurrency, "vllm")
         self._probed: set[str] = set()
         self._version: int | None = None
+        self._max_prompt_tokens = max_prompt_tokens
+        self._warned = False
         self.meter = self._servers.meter
         if sampling.top_p < 1:
             LOG.warning(
@@ -77,10 +86,12 @@ class VllmEngine:
         """Bring new weights to all servers that answer; on rank 0 only.
 
         Raises:
-            EngineError: the tensors are not those of the architecture, no server is there that loads them, or one refuses to.
+            EngineError: the tensors are not those of the architecture, no server is there that loads them, or one refuses to or
+                has no room for the longest answer.
         """
         self._version = None
         self._servers.find()
+        self._check_room()
         self._renew(self._transport.send(tensors, version), version)
         self._transport.clean(version)
 
@@ -88,11 +99,34 @@ class VllmEngine:
         """Bring the weights of a Hugging Face folder that the servers see to all of them that answer.
 
         Raises:
-            EngineError: no server is there that loads them, or one refuses to.
+            EngineError: no server is there that loads them, or one refuses to or has no room for the longest answer.
         """
         self._version = None
         self._servers.find()
+        self._check_room()
         self._renew(vllm_weights.load_from(folder.absolute()), version)
+
+    def _check_room(self) -> None:
+        """See whether the servers' context holds the longest prompt and answer: it would cut long answers, in silence.
+
+        Raises:
+            EngineError: it does not even hold the answer.
+        """
+        room, answer = self._servers.max_tokens, self._sampling.max_tokens
+        longest = self._max_prompt_tokens + answer
+        if room < answer:
+            raise EngineError(
+                f"the vLLM servers take {room} tokens, and an answer {answer}: start them with more --max-model-len"
+            )
+        if room < longest and not self._warned:
+            self._warned = True
+            LOG.warning(
+                "the vLLM servers take %d tokens, and the longest prompt with the longest answer %d, whose end they cut off; "
+                "start them with --max-model-len %d, or lower prompts.max_tokens",
+                room,
+                longest,
+                longest,
+            )
 
     def _renew(self, load: vllm_weights.Load, version: int) -> None:
         """Have every server load weights that are ready for it; those that do not are left out."""
