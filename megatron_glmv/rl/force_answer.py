@@ -60,6 +60,7 @@ class Writing:
         budget: tokens that may be sampled next; 0: the answer is complete.
         finish: how it ended; None while it is not complete.
         forced: whether thinking was closed by force.
+        given_up: whether the engine ended it before its time.
     """
 
     def __init__(self, rule: ForceRule | int) -> None:
@@ -71,7 +72,7 @@ class Writing:
         self.inserted: list[bool] = []
         self.budget = rule.thinking_tokens if isinstance(rule, ForceRule) else rule
         self.finish: Finish | None = None
-        self.forced = False
+        self.forced = self.given_up = False
 
     def add(self, tokens: Sequence[int], logprobs: Sequence[float], *, stopped: bool = False) -> None:
         """Take in what the engine sampled after `tokens`.
@@ -102,9 +103,9 @@ class Writing:
                 self._run_out()
                 return
 
-    def end(self, finish: Finish) -> None:
-        """End the answer as it is: the engine gave it up (abort), or its context is full (length)."""
-        self.finish, self.budget = finish, 0
+    def end(self, finish: Finish, *, given_up: bool = False) -> None:
+        """End the answer as it is: before a token of pixels or given up by the engine (abort), or out of context (length)."""
+        self.finish, self.given_up, self.budget = finish, given_up, 0
 
     def rollout(self, text: str, weights_version: int = 0) -> Rollout:
         """The complete answer.
@@ -121,6 +122,7 @@ class Writing:
             finish=self.finish,
             text=text,
             weights_version=weights_version,
+            given_up=self.given_up,
         )
 
     def _append(self, token: int, logprob: float, *, inserted: bool) -> None:

@@ -31,6 +31,7 @@ from megatron_glmv.rl.prompt_reader import BadPromptError, PromptReader
 from megatron_glmv.rl.prompts import PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rewards.tally import Tally
+from megatron_glmv.rl.rollout import judge
 from megatron_glmv.rl.sampling import sampling_in_ids
 from megatron_glmv.rl.types import Reward, Task
 
@@ -174,7 +175,7 @@ class Answering:
             earlier = len(waiting)
             for place, rollouts in self._engine.generate(requests):
                 task = requests[place].prompt.task
-                waiting.append((task, [self._rewarder.submit(task, rollout.text) for rollout in rollouts]))
+                waiting.append((task, [judge(self._rewarder, task, rollout) for rollout in rollouts]))
                 while waiting and all(future.done() for future in waiting[0][1]):
                     yield self._result(*waiting.popleft())
                     earlier -= 1

@@ -21,7 +21,7 @@ from megatron_glmv.rl.prompt_reader import BadPromptError, PromptReader
 from megatron_glmv.rl.prompts import TOLERATED, PromptError, PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
 from megatron_glmv.rl.rewards.tally import Tally
-from megatron_glmv.rl.types import Answer, Group, Prompt, Reward, Rollout
+from megatron_glmv.rl.types import Answer, Group, Prompt, Reward, Rollout, Task
 
 _Judging = list[tuple[Rollout, Future[Reward]]]
 
@@ -122,7 +122,7 @@ class Roller:
         judging: dict[int, _Judging] = {}
         for number, rollouts in self._engine.generate(requests):
             place, prompt = prompts[number]
-            judging[place] = [(rollout, self._rewarder.submit(prompt.task, rollout.text)) for rollout in rollouts]
+            judging[place] = [(rollout, judge(self._rewarder, prompt.task, rollout)) for rollout in rollouts]
         sampled = time.perf_counter()
         own: dict[str, Any] = {
             "groups": {place: _group(prompt, judging.get(place, [])) for place, prompt in prompts},
@@ -190,6 +190,15 @@ class Roller:
             reward_s=max(part["judged_s"] for part in parts),
             idle_share=1 - sum(sampled) / (len(sampled) * max(sampled)),
         )
+
+
+def judge(rewarder: Rewarder, task: Task, rollout: Rollout) -> Future[Reward]:
+    """The reward of an answer, when it is known; one that the engine gave up is masked: nobody knows how it would end."""
+    if not rollout.given_up:
+        return rewarder.submit(task, rollout.text)
+    masked: Future[Reward] = Future()
+    masked.set_result(Reward(None, None, "aborted", f"{task.key}: the engine gave the answer up"))
+    return masked
 
 
 def _tally(groups: Sequence[Group]) -> Tally:

@@ -88,6 +88,8 @@ class Rollout:
         finish: why it ended.
         text: the tokens as text, special tokens kept.
         weights_version: of the policy that sampled it.
+        given_up: the engine ended it before its time (abort), so that it says nothing of the policy. One that is cut before a
+            token of pixels, which the policy chose, ends with abort as well and is not given up.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -96,6 +98,7 @@ class Rollout:
     finish: Finish
     text: str
     weights_version: int = 0
+    given_up: bool = False
 
 
 @dataclass(frozen=True)

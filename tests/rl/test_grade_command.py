@@ -98,6 +98,33 @@ def test_a_server_answers_with_the_weights_of_the_folder(base: Path, tmp_path: P
     assert [line["graded"][0]["answers"] for line in graded] == [NUM_ANSWERS] * 3
 
 
+def test_an_answer_that_a_server_gave_up_is_masked(base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    asked = {"messages": [{"role": "user", "content": "Read it."}], "domain": "reading", "answer": "e a o i t n r s l d"}
+    prompts.write_text(json.dumps(asked | {"id": "0"}) + "\n", encoding="utf-8")
+    fake = FakeVllm()
+
+    def aborts(path: str, body: Any, number: int) -> tuple[int, Any] | None:
+        if "generate" not in path or "n" not in body["sampling_params"]:
+            return None
+        reply = fake.generate(body)
+        choice = reply["choices"][0]
+        choice["finish_reason"], last = "abort", choice["token_ids"].pop()
+        assert choice["logprobs"]["content"].pop()["token_id"] == last
+        return 200, reply
+
+    fake.override = aborts
+    try:
+        arguments = ["grade", str(prompts), "--out", str(tmp_path / "graded.jsonl"), "--config", str(base / "rl.yaml")]
+        assert (
+            cli.main([*arguments, "grading.drop_unsolvable=false", "--model", str(base / "small"), "--server", fake.url]) == 0
+        )
+    finally:
+        fake.close()
+    [line] = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (line["graded"][0]["answers"], line["graded"][0]["masked"]) == (NUM_ANSWERS - 1, 1)
+
+
 def command(base: Path, name: str, *options: str, models: tuple[str, ...] = ("small", "other")) -> list[str]:
     named = [word for model in models for word in ("--model", str(base / model))]
     return ["grade", str(base / "prompts/prompts.jsonl"), "--out", str(base / name / "graded.jsonl"), *named,

@@ -14,11 +14,14 @@ import torch.distributed as dist
 from megatron_glmv.config.base import validate
 from megatron_glmv.config.prompts import PromptSourceConfig
 from megatron_glmv.config.rewards import RewardsConfig
+from megatron_glmv.config.rl import AlgorithmConfig
 from megatron_glmv.data.chat import Chat
+from megatron_glmv.rl.advantage import group_advantages
 from megatron_glmv.rl.engines.engine import EngineError, Request
 from megatron_glmv.rl.prompt_reader import PromptReader
 from megatron_glmv.rl.prompts import PromptError, PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
+from megatron_glmv.rl.rewards.tally import TooManyMasked
 from megatron_glmv.rl.rollout import Roller
 from megatron_glmv.rl.types import Rollout
 from tests.data.processor import write_processor
@@ -36,6 +39,7 @@ class LosingEngine:
 
     def __init__(self) -> None:
         self.lost: dict[str, int] = {}
+        self.ends: list[Rollout] = []
         self.seeds: list[int] = []
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[Rollout]]]:
@@ -43,7 +47,7 @@ class LosingEngine:
             self.seeds.append(request.seed)
             count = request.num_answers - self.lost.get(request.prompt.task.key, 0)
             zeros = np.zeros(2, dtype=np.float32)
-            yield place, [Rollout(np.array([5, 6]), zeros, zeros > 0, "stop", REFERENCE)] * count
+            yield place, [Rollout(np.array([5, 6]), zeros, zeros > 0, "stop", REFERENCE)] * count + self.ends
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,24 @@ def test_lost_answers_are_counted_and_done_without(roller: Roller, engine: Losin
     engine.lost = {KEYS[1]: 4, KEYS[2]: 1}
     with pytest.raises(EngineError, match=r"left out 5 of 16 answers, more than engine.max_missing_share 0.25"):
         roller.roll_out(KEYS, 4, [0])
+
+
+def test_answers_that_the_engine_gave_up_are_masked_and_counted(roller: Roller, engine: LosingEngine) -> None:
+    """Those that ended before a token of pixels are judged as they are."""
+    zeros = np.zeros(2, dtype=np.float32)
+    ends = [Rollout(np.array([5, 6]), zeros, zeros > 0, "abort", "half", given_up=given_up) for given_up in (True, False)]
+    engine.ends = ends
+    engine.lost = dict.fromkeys(KEYS, 2)
+    wave = roller.roll_out(KEYS, 6, [0])
+    for group in wave.groups:
+        rewards = [answer.reward for answer in group.answers]
+        assert [reward.value for reward in rewards[:5]] == [1.0] * 4 + [None] and rewards[4].reason == "aborted"
+        assert rewards[5].value is not None and rewards[5].value < 1
+        assert group_advantages([group], AlgorithmConfig()).values[0][4] is None
+    assert wave.tally.metrics()["masked_by/aborted"] == 4 and wave.missing == 0
+    engine.ends, engine.lost = ends[:1] * 2, dict.fromkeys(KEYS, 2)
+    with pytest.raises(TooManyMasked, match=r"8 of 24 answers could not be judged.*aborted 8; .*the engine gave the answer up"):
+        roller.roll_out(KEYS, 6, [0])
 
 
 def test_prompts_that_cannot_be_read_are_counted_up_to_a_share(

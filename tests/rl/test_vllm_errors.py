@@ -461,6 +461,7 @@ def test_aborted_answers_keep_what_they_have(server: FakeVllm, make) -> None:
     changed(server, finish_reason="abort", token_ids=[], logprobs={"content": []}, weight_versions=None)
     [[rollout]] = answers(engine, Request(prompt(), 1, seed=0))
     assert (rollout.finish, rollout.tokens.tolist()) == ("abort", [])
+    assert rollout.given_up
 
 
 def test_an_answer_ends_before_a_token_of_pixels(server: FakeVllm, make) -> None:
@@ -468,6 +469,7 @@ def test_an_answer_ends_before_a_token_of_pixels(server: FakeVllm, make) -> None
     server.sample = lambda params, index: [50, 51, SPECIAL.image, 52, 53, 54] if index else [50, SPECIAL.video, SPECIAL.eos[0]]
     rollouts = answers(engine, Request(prompt(), 2, seed=0))[0]
     assert [(one.finish, one.tokens.tolist()) for one in rollouts] == [("abort", [50]), ("abort", [50, 51])]
+    assert not any(one.given_up for one in rollouts)
     assert len(server.asked()) == 1
 
 

@@ -355,7 +355,7 @@ class _Round:
         if writing.finish is not None:
             return
         if cut or piece.finish == "abort":
-            writing.end("abort")
+            writing.end("abort", given_up=not cut)
         elif len(piece.tokens) < budget or num_prompt + len(writing.tokens) >= self._servers.max_tokens:
             writing.end("length")  # the server's context is full
 
