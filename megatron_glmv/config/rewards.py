@@ -283,9 +283,10 @@ class HttpConfig(AskingConfig):
     cache: Path | None = None
     """Folder where replies are kept by the content of the question; null: none are."""
     down_after: int = Field(default=8, ge=1)
-    """An endpoint with so many failures in a row is left alone,"""
-    cooldown_s: float = Field(default=30.0, ge=0)
-    """for so many seconds; questions to it fail at once meanwhile."""
+    """An endpoint with so many failed tries in a row, of questions that have used all of theirs, is left alone,"""
+    cooldown_s: float = Field(default=10.0, ge=0)
+    """for so many seconds. A question to it waits meanwhile as between its tries and fails after the last; where three or more
+    endpoints vote, it fails at once and the others decide."""
 
 
 class EndpointConfig(Config):

@@ -64,7 +64,7 @@ class ReplyCache:
 
 
 class _Health:
-    """Failures in a row of one endpoint, and until when it is left alone."""
+    """Failed tries of one endpoint since its last reply, of questions that have used all of theirs; until when it rests."""
 
     def __init__(self) -> None:
         self.failures = 0
@@ -76,11 +76,12 @@ class ServerClient:
 
     Args:
         config: time limit, retries, cache.
+        waits: whether a question waits at an endpoint that rests as long as its tries would take, or fails at once.
     """
 
-    def __init__(self, config: HttpConfig) -> None:
+    def __init__(self, config: HttpConfig, *, waits: bool = True) -> None:
         self.meter = http.Meter()
-        self._config = config
+        self._config, self._waits = config, waits
         self._cache = ReplyCache(config.cache) if config.cache is not None else None
         self._health: dict[str, _Health] = {}
         self._lock = threading.Lock()
@@ -113,37 +114,46 @@ class ServerClient:
     def _with_retries(
         self, endpoint: EndpointConfig, path: str, body: Mapping[str, Any], read: Callable[[Any], T]
     ) -> tuple[Any, T]:
+        down = 0
         for number in range(self._config.retries + 1):
-            self._check_health(endpoint)
             try:
+                self._check_rest(endpoint)
+                down += 1  # until it replies
+                self.meter.add(retries=min(number, 1))
                 timeout_s, token_env = self._config.timeout_s, endpoint.token_env
                 reply = self._http.exchange(endpoint.url, path, body, timeout_s=timeout_s, token_env=token_env)
                 self.meter.add_tokens(reply, endpoint.price_in, endpoint.price_out)
                 value = _read(reply, read)
             except http.Failure as failure:
-                self._note(endpoint, failed=failure.reason == "down")
+                if failure.reason != "down":
+                    self._note_reply(endpoint)
+                    down = 0
                 if not failure.again or number == self._config.retries:
+                    self._note_failure(endpoint, down)
                     self.meter.add(failures=1)
                     raise ServerFailed(failure.reason, f"{endpoint.url}: {failure}") from None
-                self.meter.add(retries=1)
                 http.wait_before_retry(number, self._config.backoff_s, failure.wait_s)
             else:
-                self._note(endpoint, failed=False)
+                self._note_reply(endpoint)
                 return reply, value
         raise AssertionError("unreachable")
 
-    def _check_health(self, endpoint: EndpointConfig) -> None:
+    def _check_rest(self, endpoint: EndpointConfig) -> None:
         with self._lock:
             health = self._health.setdefault(endpoint.url, _Health())
             if time.monotonic() < health.down_until:
-                self.meter.add(failures=1)
-                raise ServerFailed("down", f"{endpoint.url}: left alone after {health.failures} failures in a row")
+                raise http.Failure("down", f"left alone after {health.failures} failures in a row", again=self._waits)
 
-    def _note(self, endpoint: EndpointConfig, *, failed: bool) -> None:
+    def _note_reply(self, endpoint: EndpointConfig) -> None:
+        with self._lock:
+            self._health[endpoint.url].failures = 0
+
+    def _note_failure(self, endpoint: EndpointConfig, tries: int) -> None:
+        """A question has used all its tries. Those of others count when theirs are: many that are under way fail together."""
         with self._lock:
             health = self._health[endpoint.url]
-            health.failures = health.failures + 1 if failed else 0
-            if health.failures >= self._config.down_after:
+            health.failures += tries
+            if tries and health.failures >= self._config.down_after and time.monotonic() >= health.down_until:
                 health.down_until = time.monotonic() + self._config.cooldown_s
 
     def close(self) -> None:

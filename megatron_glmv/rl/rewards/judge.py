@@ -90,7 +90,8 @@ class Judge:
 
     def __init__(self, config: JudgeConfig, prompts: Mapping[str, str]) -> None:
         check_tokens(config.endpoints)
-        self.client = ServerClient(config)
+        # One of three endpoints may be silent: the others decide.
+        self.client = ServerClient(config, waits=len(config.endpoints) < 3)
         self._config = config
         self._prompts = prompts
 

@@ -148,6 +148,39 @@ def test_a_judge_that_is_down_is_left_alone():
     assert judge.client.meter.requests > requests
 
 
+def test_a_moment_in_which_all_questions_under_way_fail_masks_none(judge_server: JudgeServer):
+    """As many as twice `down_after` at once, the defaults' numbers."""
+    judge_server.delay_s = 0.05
+    judge_server.reply = lambda body, number: 503 if number < 16 else YES
+    judge = judge_at(judge_server, backoff_s=0.05)
+    with ThreadPoolExecutor(16) as pool:
+        rewards = list(pool.map(judge.ask, [QUESTION] * 48))
+    assert judge_server.most_under_way > 8
+    assert [reward.value for reward in rewards] == [1.0] * 48
+    assert (judge.client.meter.requests, judge.client.meter.retries, judge.client.meter.failures) == (64, 16, 0)
+
+
+def test_a_question_waits_for_a_judge_that_is_left_alone(judge_server: JudgeServer):
+    judge_server.reply = lambda body, number: 503 if number < 4 else YES
+    judge = judge_at(judge_server, backoff_s=0.1, down_after=4, cooldown_s=0.2)
+    assert judge.ask(QUESTION).reason == "judge_down"
+    start = time.monotonic()
+    assert judge.ask(QUESTION).value == 1.0
+    assert time.monotonic() - start > 0.15
+    assert judge.client.meter.requests == 5
+
+
+def test_one_of_three_that_is_left_alone_holds_nothing_up(judge_server: JudgeServer):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        down = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    endpoints = [{"url": url} for url in (down, judge_server.url, judge_server.url + "/v2")]
+    judge = judge_at(judge_server, endpoints=endpoints, retries=1, backoff_s=0.5, down_after=2)
+    assert judge.ask(QUESTION).value == 1.0
+    start = time.monotonic()
+    assert judge.ask(QUESTION).value == 1.0
+    assert time.monotonic() - start < 0.4
+
+
 def test_the_majority_decides(judge_server: JudgeServer):
     judge_server.reply = lambda body, number: [YES, NO, YES][body["seed"]]
     assert judge_at(judge_server, samples=3).ask(QUESTION).value == 1.0
