@@ -9,7 +9,10 @@ for server in $(seq 0 $((GLMV_SERVER_COUNT - 1))); do
         export CUDA_VISIBLE_DEVICES
         CUDA_VISIBLE_DEVICES="$(seq -s, $((server * GLMV_SERVER_GPUS)) $((server * GLMV_SERVER_GPUS + GLMV_SERVER_GPUS - 1)))"
     fi
-    bash "$GLMV_ROOT/examples/vllm_server.sh" "$model" $((GLMV_SERVER_PORT + server)) --host "$GLMV_SERVER_HOST" \
-        ${options[@]+"${options[@]}"} &
+    port=$((GLMV_SERVER_PORT + server))
+    {
+        bash "$GLMV_ROOT/examples/vllm_server.sh" "$model" "$port" --host "$GLMV_SERVER_HOST" ${options[@]+"${options[@]}"}
+        echo "glmv: the server of port $port has ended with $?"
+    } &
 done
-wait -n # the first that ends takes the others with it
+wait # for all of them: the trainer leaves out one that has ended, and the others go on
