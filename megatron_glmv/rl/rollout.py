@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_glmv.rl.engines.engine import Engine, EngineError, Request
+from megatron_glmv.rl.engines.engine import Engine, EngineDown, Request
 from megatron_glmv.rl.prompt_reader import BadPromptError, PromptReader
 from megatron_glmv.rl.prompts import TOLERATED, PromptError, PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
@@ -173,7 +173,7 @@ class Roller:
             )
         missing = len(found) * num_answers - sum(len(group.answers) for group in groups)
         if missing > self._max_missing_share * len(found) * num_answers:
-            raise EngineError(
+            raise EngineDown(
                 f"the engine left out {missing} of {len(found) * num_answers} answers, more than engine.max_missing_share "
                 f"{self._max_missing_share:g}; its log says why"
             )

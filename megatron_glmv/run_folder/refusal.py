@@ -1,7 +1,8 @@
 """A fault that no restart repairs (configuration, data, checkpoint), noted so that no launcher and no batch script retries it.
 
 torchrun starts a failed group again whatever the reason. The rank that meets such a fault leaves a note for its launch; a
-restarted rank that finds it ends at once with the same line.
+restarted rank that finds it ends at once with the same line. An outage (a server that is down) is no such fault: a later start
+may find it over.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from megatron_glmv.run_folder.heartbeat import FOLDER
 from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
 
 _NOTE = "refused.json"
+
+
+class Outage(InputError):
+    """What the run needs beside itself is down; the same start may succeed later, so that it is not noted."""
 
 
 def note_refusal(run_folder: Path, error: InputError) -> None:

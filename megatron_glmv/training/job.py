@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -17,10 +18,10 @@ from megatron_glmv.config.fp8 import Hardware, usable_precision
 from megatron_glmv.config.training import StageConfig
 from megatron_glmv.parallel import groups
 from megatron_glmv.run_folder.checkpoint_folder import complete_folders
-from megatron_glmv.run_folder.events import EventLog
+from megatron_glmv.run_folder.events import EventLog, read_events
 from megatron_glmv.run_folder.heartbeat import FINISHED, STOPPED, describe_end, forget_ranks, read_heartbeats
 from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
-from megatron_glmv.run_folder.refusal import note_refusal, repeat_refusal
+from megatron_glmv.run_folder.refusal import Outage, note_refusal, repeat_refusal
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.stop import StopRequest
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
@@ -62,7 +63,7 @@ def run_job(config: StageConfig, work: Callable[[Job], bool]) -> int:
 
     Raises:
         InputError: something that the user can repair: configuration, data or checkpoint. It is noted, so that the restarts of
-            this launch end with the same line.
+            this launch end with the same line, unless it is an outage, which may be over by then.
     """
     repeat_refusal(config.run_folder)
     watchdog: Watchdog | None = None
@@ -72,9 +73,11 @@ def run_job(config: StageConfig, work: Callable[[Job], bool]) -> int:
         watchdog.start()
         finished = not _stops_before_work(config, job) and work(job)
     except InputError as error:
-        note_refusal(config.run_folder, error)
+        is_outage = isinstance(error, Outage)
+        if not is_outage:
+            note_refusal(config.run_folder, error)
         if watchdog is not None:
-            watchdog.describe_failure(error)  # leaves the reason for the peers
+            watchdog.describe_failure(Outage(str(error)) if is_outage else error)  # leaves the reason for the peers
         raise
     except Exception as error:
         if watchdog is None:
@@ -120,6 +123,19 @@ def _stops_before_work(config: StageConfig, job: Job) -> bool:
     return True
 
 
+def _record_end(events: EventLog, run_folder: Path, step: int, text: str) -> None:
+    """Record how the start before this one ended.
+
+    An outage that restarts of one launch meet is told once, and is none of the equal faults after which no start helps: all
+    restarts may be used up before it is over. The next launch, which may have new servers, counts it.
+    """
+    said = f"the start before this one ended at step {step}: {text}"
+    if not num_restarts() or f": {Outage.__name__}: " not in text:
+        events.record("fault", step, said, {"fault": text})
+    elif said not in [event["text"] for event in read_events(run_folder, ("fault",))[-1:]]:
+        events.record("fault", step, said)
+
+
 def _join(config: StageConfig) -> Job:
     """Join the process group, and say how the start before this one ended."""
     config.check()
@@ -134,8 +150,7 @@ def _join(config: StageConfig) -> Job:
     watchdog = Watchdog(folder, rank, ranks, config.parallel.timeout_s, coordinates=groups.coordinates())
     events = EventLog(folder, reports=first)
     if earlier is not None:
-        step, text = earlier
-        events.record("fault", step, f"the start before this one ended at step {step}: {text}", {"fault": text})
+        _record_end(events, folder, *earlier)
     stop = StopRequest(folder, reads_file=first, restarts=num_restarts())
     if left := stop.leave_out_earlier():
         print(left, file=sys.stderr, flush=True)

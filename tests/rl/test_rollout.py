@@ -17,11 +17,11 @@ from megatron_glmv.config.rewards import RewardsConfig
 from megatron_glmv.config.rl import AlgorithmConfig
 from megatron_glmv.data.chat import Chat
 from megatron_glmv.rl.advantage import group_advantages
-from megatron_glmv.rl.engines.engine import EngineError, Request
+from megatron_glmv.rl.engines.engine import EngineDown, Request
 from megatron_glmv.rl.prompt_reader import PromptReader
 from megatron_glmv.rl.prompts import PromptError, PromptFiles
 from megatron_glmv.rl.rewards.rewarder import Rewarder
-from megatron_glmv.rl.rewards.tally import TooManyMasked
+from megatron_glmv.rl.rewards.tally import JudgeDown
 from megatron_glmv.rl.rollout import Roller
 from megatron_glmv.rl.types import Rollout
 from tests.data.processor import write_processor
@@ -109,7 +109,7 @@ def test_lost_answers_are_counted_and_done_without(roller: Roller, engine: Losin
     assert [group.prompt.task.key for group in wave.groups] == [KEYS[0], *KEYS[2:]]
     assert (wave.unanswered, wave.missing) == (1, 4)
     engine.lost = {KEYS[1]: 4, KEYS[2]: 1}
-    with pytest.raises(EngineError, match=r"left out 5 of 16 answers, more than engine.max_missing_share 0.25"):
+    with pytest.raises(EngineDown, match=r"left out 5 of 16 answers, more than engine.max_missing_share 0.25"):
         roller.roll_out(KEYS, 4, [0])
 
 
@@ -127,7 +127,7 @@ def test_answers_that_the_engine_gave_up_are_masked_and_counted(roller: Roller, 
         assert group_advantages([group], AlgorithmConfig()).values[0][4] is None
     assert wave.tally.metrics()["masked_by/aborted"] == 4 and wave.missing == 0
     engine.ends, engine.lost = ends[:1] * 2, dict.fromkeys(KEYS, 2)
-    with pytest.raises(TooManyMasked, match=r"8 of 24 answers could not be judged.*aborted 8; .*the engine gave the answer up"):
+    with pytest.raises(JudgeDown, match=r"8 of 24 answers could not be judged.*aborted 8; .*the engine gave the answer up"):
         roller.roll_out(KEYS, 6, [0])
 
 

@@ -21,11 +21,12 @@ from megatron_glmv.config.base import ConfigError, validate
 from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.convert.hf_folder import HfWeights
 from megatron_glmv.rl.engines import vllm_weights
-from megatron_glmv.rl.engines.engine import EngineError, Request, Sampling
+from megatron_glmv.rl.engines.engine import EngineDown, EngineError, Request, Sampling
 from megatron_glmv.rl.engines.vllm import VllmEngine
 from megatron_glmv.rl.engines.vllm_wire import RequestFailed, collapse, upload
 from megatron_glmv.rl.force_answer import ForceRule
 from megatron_glmv.rl.types import MediaFile, Prompt, Rollout, Task
+from megatron_glmv.run_folder.refusal import Outage
 from tests.data.pictures import draw, encode
 from tests.model import oracle
 from tests.rl.fake_vllm import FakeVllm
@@ -168,7 +169,7 @@ def test_weights_that_do_not_come_whole_are_refused(server: FakeVllm, make) -> N
 
 def test_a_load_that_fails_ends_the_run_and_leaves_the_server_paused(server: FakeVllm, make) -> None:
     server.override = lambda path, body, number: bad(500, "no such folder") if path == "/collective_rpc" else None
-    with pytest.raises(EngineError, match=r"127.*_rpc: HTTP 500 \(no such folder\); does this server see .*weights-3"):
+    with pytest.raises(EngineDown, match=r"127.*_rpc: HTTP 500 \(no such folder\); does this server see .*weights-3"):
         make(server, ready="update")
     assert server.paused and "/resume" not in server.paths()
 
@@ -244,7 +245,7 @@ def closed_address() -> str:
 
 def test_a_server_that_is_down_ends_the_run_with_one_line(make) -> None:
     url = closed_address()
-    with pytest.raises(EngineError, match=rf"server is left \({url}: ConnectError\); start them .*vllm_server\.sh") as found:
+    with pytest.raises(EngineDown, match=rf"server is left \({url}: ConnectError\); start them .*vllm_server\.sh") as found:
         make(url)
     assert "\n" not in str(found.value)
 
@@ -253,7 +254,7 @@ def test_a_server_that_dies_ends_the_run(server: FakeVllm, make) -> None:
     engine = make(server, retries=1)
     engine.check_health()
     server.close()
-    with pytest.raises(EngineError, match=r"no vLLM server is left .*ConnectError"):
+    with pytest.raises(EngineDown, match=r"no vLLM server is left .*ConnectError"):
         answers(engine, Request(prompt(), 1, seed=0), Request(prompt(), 1, seed=1))
     with pytest.raises(EngineError, match="no vLLM server is left"):
         engine.check_health()
@@ -262,7 +263,7 @@ def test_a_server_that_dies_ends_the_run(server: FakeVllm, make) -> None:
 def test_an_engine_that_died_behind_its_server_ends_the_run(server: FakeVllm, make) -> None:
     engine = make(server, retries=1)
     server.override = lambda path, body, number: bad(500 if path == GENERATE else 503, "EngineCore died")
-    with pytest.raises(EngineError, match=r"no vLLM server is left .*HTTP 500 \(EngineCore died\)"):
+    with pytest.raises(EngineDown, match=r"no vLLM server is left .*HTTP 500 \(EngineCore died\)"):
         answers(engine, Request(prompt(), 1, seed=0))
 
 
@@ -406,8 +407,9 @@ def test_a_server_without_an_option_ends_the_run(server: FakeVllm, make, status:
     engine = make(server)
     server.override = lambda path, body, number: bad(status, "no") if path == GENERATE else None
     hint = {401: "token_env", 403: "--enable-scale-out", 404: "VLLM_SERVER_DEV_MODE=1"}[status]
-    with pytest.raises(EngineError, match=f"HTTP {status}.*{hint}"):
+    with pytest.raises(EngineError, match=f"HTTP {status}.*{hint}") as found:
         answers(engine, Request(prompt(), 1, seed=0))
+    assert not isinstance(found.value, Outage)
 
 
 def test_a_server_without_weight_endpoints_is_named(server: FakeVllm, make) -> None:
@@ -442,8 +444,9 @@ def test_a_server_that_reports_other_log_probabilities_is_refused(server: FakeVl
         return (200, reply) if reply else None
 
     server.override = logits
-    with pytest.raises(EngineError, match="reports logits"):
+    with pytest.raises(EngineError, match="reports logits") as found:
         make(server)
+    assert not isinstance(found.value, Outage)
 
 
 def test_another_version_of_vllm_is_told(server: FakeVllm, make, caplog) -> None:

@@ -15,10 +15,15 @@ from torch import Tensor
 from megatron_glmv.config.base import InputError
 from megatron_glmv.rl.force_answer import ForceRule
 from megatron_glmv.rl.types import Prompt, Rollout
+from megatron_glmv.run_folder.refusal import Outage
 
 
 class EngineError(InputError):
     """An engine that is down, slow, or answers something else than it was asked; one line that says what to do."""
+
+
+class EngineDown(EngineError, Outage):
+    """An engine that is down or too slow, which it may not be when the run starts again."""
 
 
 @dataclass(frozen=True)

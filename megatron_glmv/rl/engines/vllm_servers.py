@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from megatron_glmv.config.engines import VllmConfig
 from megatron_glmv.rl import http
-from megatron_glmv.rl.engines.engine import EngineError
+from megatron_glmv.rl.engines.engine import EngineDown, EngineError
 from megatron_glmv.rl.engines.vllm_wire import RequestFailed
 
 T = TypeVar("T")
@@ -81,7 +81,8 @@ class Servers:
         """Look at all addresses anew.
 
         Raises:
-            EngineError: nobody answers, or a server that does not serve the policy.
+            EngineDown: nobody answers.
+            EngineError: a server does not serve the policy.
         """
         with self._lock:
             self._under_way, self._out = dict.fromkeys(self._config.addresses, 0), {}
@@ -109,18 +110,18 @@ class Servers:
         """Raise where no server is left.
 
         Raises:
-            EngineError: names each of them and why.
+            EngineDown: names each of them and why.
         """
         with self._lock:
             if not self._under_way:
                 why = "; ".join(f"{url}: {reason}" for url, reason in self._out.items())
-                raise EngineError(f"no vLLM server is left ({why}); start them ({START}) and resume from the last checkpoint")
+                raise EngineDown(f"no vLLM server is left ({why}); start them ({START}) and resume from the last checkpoint")
 
     def check_health(self) -> None:
         """Ask every server whether it can answer, and leave out those that cannot.
 
         Raises:
-            EngineError: none is left.
+            EngineDown: none is left.
         """
         for url in self.live:
             if not self._is_alive(url):
@@ -179,7 +180,8 @@ class Servers:
 
         Raises:
             RequestFailed: no usable reply after all tries.
-            EngineError: no server is left, or one lacks an option that every request needs.
+            EngineDown: no server is left.
+            EngineError: one lacks an option that every request needs.
         """
         while True:
             url = self._take(near)
@@ -199,7 +201,7 @@ class Servers:
         self.check_any()
         with self._lock:
             if not self._under_way:
-                raise EngineError("no vLLM server is left")
+                raise EngineDown("no vLLM server is left")
             url = near if near in self._under_way else min(self._under_way, key=lambda one: self._under_way[one])
             self._under_way[url] += 1
             return url

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from megatron_glmv.config.base import InputError
 from megatron_glmv.rl.types import Reward
+from megatron_glmv.run_folder.refusal import Outage
+
+_REFUSED = re.compile(r"\bHTTP 40[134]\b")
+"""In the detail of a question that its server will not take later either: no token, no right, no such model."""
 
 
 class TooManyMasked(InputError):
     """More answers could not be judged than the configuration allows."""
+
+
+class JudgeDown(TooManyMasked, Outage):
+    """They could not, because a judge, a reward model or an engine was down; it may not be when the run starts again."""
 
 
 class Tally:
@@ -22,11 +31,13 @@ class Tally:
         self._correct: Counter[str] = Counter()
         self._masked: dict[str, Counter[str]] = defaultdict(Counter)
         self._example = ""
+        self._num_passing = 0
 
     def add(self, domain: str, reward: Reward) -> None:
         """Count one answer."""
         if reward.value is None:
             self._masked[domain][reward.reason] += 1
+            self._num_passing += _may_pass(reward)
             self._example = reward.detail or self._example
             return
         self._reasons[domain][reward.reason] += 1
@@ -48,12 +59,14 @@ class Tally:
 
         Raises:
             TooManyMasked: one line with the share, the reasons and an example.
+            JudgeDown: so, too, where without those whose server was down they would not be too many.
         """
         if not self.num_answers or self.num_masked <= max_masked_share * self.num_answers:
             return
         reasons = sum(self._masked.values(), Counter[str]())
         named = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
-        raise TooManyMasked(
+        is_outage = self.num_masked - self._num_passing <= max_masked_share * self.num_answers
+        raise (JudgeDown if is_outage else TooManyMasked)(
             f"rewards: {self.num_masked} of {self.num_answers} answers could not be judged, more than "
             f"max_masked_share {max_masked_share:g}: {named}; for instance: {self._example}"
         )
@@ -94,6 +107,12 @@ class Tally:
             ))  # fmt: skip
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _may_pass(reward: Reward) -> bool:
+    """Whether a masked answer may be judged when the run starts again."""
+    is_down = reward.reason in ("judge_down", "reward_model_down", "aborted")
+    return is_down and not _REFUSED.search(reward.detail)
 
 
 _PLAIN = ("right", "wrong", "partial")

@@ -20,8 +20,9 @@ from megatron_glmv.config.rewards import RewardsConfig
 from megatron_glmv.rl.rewards.judge import Judge
 from megatron_glmv.rl.rewards.pool import VerifierPool, WorkerFailed
 from megatron_glmv.rl.rewards.rewarder import Rewarder
-from megatron_glmv.rl.rewards.tally import Tally, TooManyMasked
+from megatron_glmv.rl.rewards.tally import JudgeDown, Tally, TooManyMasked
 from megatron_glmv.rl.types import Reward, Task
+from megatron_glmv.run_folder.refusal import Outage
 from tests.rl.rewards.conftest import JudgeServer
 
 # A real worker whose counting verifier misbehaves on some answers, as a faulty verifier would.
@@ -220,7 +221,7 @@ def test_a_judge_that_is_down_masks_and_stops_the_run():
     }
     with (
         Rewarder(validate(RewardsConfig, tree)) as made,
-        pytest.raises(TooManyMasked, match=r"judge_down 20; for instance: http://127.0.0.1:9: "),
+        pytest.raises(JudgeDown, match=r"judge_down 20; for instance: http://127.0.0.1:9: "),
     ):
         made.score([(task("vqa", "cat"), boxed("dog"))] * 20)
 
@@ -242,6 +243,24 @@ def test_the_tally():
     tally.check(0.4)
     with pytest.raises(TooManyMasked):
         tally.check(0.39)
+
+
+DOWN, REFUSED = (Reward(None, None, "judge_down", f"http://x: {why}") for why in ("HTTP 503", "HTTP 401"))
+TIMEOUT = Reward(None, None, "timeout")
+
+
+@pytest.mark.parametrize(
+    ("masked", "is_outage"),
+    [([DOWN] * 4, True), ([REFUSED] * 4, False), ([TIMEOUT] * 4, False), ([DOWN] * 2 + [TIMEOUT] * 2, True),
+     ([DOWN, TIMEOUT, TIMEOUT, REFUSED], False)],
+)  # fmt: skip
+def test_too_many_masked_are_an_outage_where_a_server_that_is_down_makes_them_too_many(masked: list[Reward], is_outage: bool):
+    tally = Tally()
+    for reward in [*masked, *[Reward(1.0, True, "right")] * 4]:
+        tally.add("math", reward)
+    with pytest.raises(TooManyMasked) as found:
+        tally.check(0.25)
+    assert isinstance(found.value, Outage) == is_outage
 
 
 def test_neither_torch_nor_a_client_is_loaded_by_a_worker():
