@@ -34,7 +34,7 @@ setup(
         "data_tools": ["page.css", "page.js", "rollout_page.css", "rollout_page.js"],
     },
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",
         "megatron-core==0.16.1",
         "pydantic>=2.7",
         "PyYAML",
