@@ -21,6 +21,8 @@ REPORTS = "hangs"
 """Folder of the run that keeps the reports."""
 _KEPT = 20
 _SHOWN_COLLECTIVES = 6
+_RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+"""Gloo's recorder and NCCL's: a build for CUDA has both, each with collectives of its own; others have the first alone."""
 _STATES = {"T": "stopped by a signal", "t": "stopped by a debugger", "D": "waits for a disk or a driver", "Z": "dead"}
 
 
@@ -43,12 +45,10 @@ def write_words(run_folder: Path, rank: int, rows: Sequence[str]) -> None:
 
 
 def recent_collectives() -> list[dict[str, Any]]:
-    """This rank's newest collectives, oldest first, from torch's flight recorder; none where it is switched off."""
-    dump = getattr(_distributed_c10d, "_dump_fr_trace_json", None) or getattr(_distributed_c10d, "_dump_nccl_trace_json", None)
-    try:
-        entries = json.loads(dump(True, False)).get("entries", []) if dump is not None else []
-    except (RuntimeError, ValueError, TypeError):
-        return []
+    """This rank's newest collectives, oldest first, from torch's flight recorders; none where they are switched off."""
+    entries: list[dict[str, Any]] = []
+    for recorder in _RECORDERS:
+        entries += [entry for entry in _newest_entries(recorder) if entry not in entries]
     return [
         {
             "group": " ".join(entry["process_group"]),
@@ -57,8 +57,16 @@ def recent_collectives() -> list[dict[str, Any]]:
             "sizes": entry["input_sizes"],
             "done": bool(entry["retired"]),
         }
-        for entry in entries[-50:]
+        for entry in sorted(entries, key=lambda entry: int(entry.get("time_created_ns", 0)))
     ]
+
+
+def _newest_entries(recorder: str) -> list[dict[str, Any]]:
+    """The newest 50 entries of one recorder; none where torch lacks it or it cannot be read."""
+    try:
+        return list(json.loads(getattr(_distributed_c10d, recorder)(True, False)).get("entries", []))[-50:]
+    except (AttributeError, RuntimeError, ValueError, TypeError):
+        return []
 
 
 def compose_report(run_folder: Path, headline: str, beats: Sequence[Heartbeat], silent: Sequence[int]) -> str:
@@ -122,22 +130,23 @@ def _behind(beats: Sequence[Heartbeat], silent: Collection[int]) -> list[str]:
 
 def _collectives_behind(words: Mapping[int, Mapping[str, Any]]) -> list[str]:
     """Groups in which some ranks have entered a later collective than others."""
-    reached: dict[str, dict[int, tuple[int, str]]] = {}
+    # NCCL and gloo count by themselves, also in a group that has both.
+    reached: dict[tuple[str, str], dict[int, tuple[int, str]]] = {}
     for rank, said in words.items():
         for entry in said.get("collectives", []):
             kind = "send or receive" if ":send" in entry["name"] or ":recv" in entry["name"] else "collective"
-            key = f"{entry['group']}, {kind}"
+            key = f"{entry['group']}, {kind}", entry["name"].partition(":")[0]
             number = int(entry["number"])
             if number >= reached.setdefault(key, {}).get(rank, (0, ""))[0]:
                 reached[key][rank] = number, entry["name"]
     lines = []
-    for key, ranks in reached.items():
+    for (group, _), ranks in reached.items():
         furthest = max(number for number, _ in ranks.values())
         late = {rank: number for rank, (number, _) in ranks.items() if number < furthest}
         if late:
             name = next(name for number, name in ranks.values() if number == furthest)
             places = ", ".join(f"rank {rank} at {number}" for rank, number in sorted(late.items())[:8])
-            lines.append(f"Group {key} {furthest} ({name}) was entered by {list_ranks(set(ranks) - set(late))}; {places}")
+            lines.append(f"Group {group} {furthest} ({name}) was entered by {list_ranks(set(ranks) - set(late))}; {places}")
     return lines
 
 

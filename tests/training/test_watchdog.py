@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import datetime as dt
+import json
 import os
 import re
 import signal
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from megatron_glmv.run_folder.events import read_events
 from megatron_glmv.run_folder.heartbeat import own_heartbeat
-from megatron_glmv.training.hang_report import first_behind, save_report
+from megatron_glmv.training.hang_report import compose_report, first_behind, recent_collectives, save_report, words_path
 from megatron_glmv.training.watchdog import EXIT_CODE, Watchdog, collective_timeout_s
 from tests.ranks import Outcome, watch_ranks
 
@@ -141,6 +143,55 @@ def test_reports_are_kept_by_number(tmp_path: Path) -> None:
     for number in range(1, 25):
         assert save_report(tmp_path, "text").name == f"hang_{number:04d}.txt"
     assert sorted(path.name for path in (tmp_path / "hangs").iterdir()) == [f"hang_{n:04d}.txt" for n in range(5, 25)]
+
+
+def recorded(name: str, created_ns: int, number: int, retired: bool = True) -> dict[str, object]:
+    """An entry as torch 2.13's recorders write it, as far as it is read."""
+    return {
+        "process_group": ["0", "default_pg"],
+        "profiling_name": name,
+        "collective_seq_id": number,
+        "p2p_seq_id": 0,
+        "is_p2p": False,
+        "input_sizes": [[1]],
+        "retired": retired,
+        "time_created_ns": created_ns,
+    }
+
+
+def test_collectives_of_nccl_and_gloo_are_read_where_torch_has_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins at the recorders' edge: a build for CUDA keeps them apart, and no GPU is here."""
+    gloo = [recorded("gloo:all_reduce", 1000 + 10 * number, number) for number in range(1, 101)]
+    nccl = [recorded("nccl:all_gather", 1985, 7), recorded("nccl:reduce_scatter", 2005, 8, retired=False), gloo[-1]]
+    monkeypatch.setattr(_distributed_c10d, "_dump_fr_trace_json", lambda *_: json.dumps({"entries": gloo}).encode())
+    monkeypatch.setattr(
+        _distributed_c10d, "_dump_nccl_trace_json", lambda *_: json.dumps({"entries": nccl}).encode(), raising=False
+    )
+    found = recent_collectives()
+    assert [(entry["name"], entry["number"]) for entry in found[-4:]] == [
+        ("nccl:all_gather", 7),
+        ("gloo:all_reduce", 99),
+        ("gloo:all_reduce", 100),
+        ("nccl:reduce_scatter", 8),
+    ]
+    assert not found[-1]["done"] and len(found) == 52
+
+    def refuse(*_: bool) -> bytes:
+        raise RuntimeError("no recorder")
+
+    monkeypatch.setattr(_distributed_c10d, "_dump_fr_trace_json", refuse)
+    assert [entry["name"] for entry in recent_collectives()] == ["nccl:all_gather", "gloo:all_reduce", "nccl:reduce_scatter"]
+
+
+def test_nccl_and_gloo_are_counted_apart_in_one_group(tmp_path: Path) -> None:
+    beats = [replace(own_heartbeat(0, 2, ""), rank=rank) for rank in range(2)]
+    (tmp_path / "ranks").mkdir()
+    for rank, number in enumerate((8, 9)):
+        entry = {"group": "0 default_pg", "sizes": [[1]], "done": True}
+        collectives = [entry | {"name": "gloo:all_reduce", "number": 40}, entry | {"name": "nccl:all_gather", "number": number}]
+        words_path(tmp_path, rank).write_text(json.dumps({"collectives": collectives}))
+    report = compose_report(tmp_path, "no progress", beats, [])
+    assert "Group 0 default_pg, collective 9 (nccl:all_gather) was entered by rank 1; rank 0 at 8" in report
 
 
 def test_stages_of_a_pipeline_are_not_compared_by_micro_batches() -> None:
