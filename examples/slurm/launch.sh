@@ -1,5 +1,6 @@
 # Sourced by train.sbatch and rl.sbatch on the job's first node: check nodes, start ranks, watch, requeue. Bash and SLURM's
-# commands only; what needs Python runs through `inside`, in the virtual environment or the container.
+# commands only; what needs Python runs through `inside`, in the virtual environment or the container. `job` is what squeue and
+# scontrol are to call this job.
 
 say() { echo "glmv: $(date '+%F %T') $*"; }
 
@@ -169,7 +170,7 @@ wait_for() {
 
 # SLURM's own words for the time that is left, in seconds: D-HH:MM:SS, MM:SS or a word.
 seconds_left() {
-    squeue -h -j "$SLURM_JOB_ID" -o %L | awk -F'[-:]' '
+    squeue -h -j "$job" -o %L | awk -F'[-:]' '
         /^[0-9:-]+$/ { n = split($0, p, /[-:]/); for (i = 1; i <= n; i++) s = s * ((i == 2 && /-/) ? 24 : 60) + p[i]; print s; next }
         { print 86400 }'
 }
@@ -206,13 +207,13 @@ run_ranks() {
 
 # Gives the job back to the queue, without the nodes that failed, and waits for the end.
 requeue() {
-    if [ "$(scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')" != JobState=RUNNING ]; then
+    if [ "$(scontrol show job -o "$job" | grep -o 'JobState=[A-Z]*')" != JobState=RUNNING ]; then
         say "SLURM is ending this job itself"
         exit 1
     fi
     say "requeue${excluded:+, without $excluded}"
     trap '' TERM USR1
-    scontrol requeue "$SLURM_JOB_ID" || {
+    scontrol requeue "$job" || {
         say "SLURM does not requeue this job; submit it again: the run continues from step $(newest_step)"
         exit 1
     }
@@ -220,7 +221,7 @@ requeue() {
     local try
     for try in 1 2 3 4 5 6 7 8; do
         [ -n "$excluded" ] || break
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" && break
+        scontrol update JobId="$job" ExcNodeList="$excluded" && break
         sleep 0.5
     done
     sleep 120

@@ -200,6 +200,28 @@ def test_a_job_requeues_itself_before_its_time_limit(
     assert losses_of(tmp_path / "run") == undisturbed
 
 
+def test_tasks_of_an_array_run_and_are_requeued_by_themselves(cluster: Cluster, tmp_path: Path, data: Path) -> None:
+    """The last task's id is the array's own, by which SLURM would answer for, and requeue, all tasks."""
+    config_file(tmp_path, data)
+    options = ("--array=1-2", "--nodes=1", "--output=out_%a.txt", BATCH, "stage.yaml", "run_folder=run_%a", "seed=%a")
+    array = cluster.submit(*options, folder=tmp_path, environment=variables())
+
+    def explain() -> str:
+        return "\n".join(path.read_text(encoding="utf-8") for path in sorted(tmp_path.glob("out_*.txt")))
+
+    tasks = {number: cluster.wait_job(f"{array}_{number}", ["RUNNING"], 60, explain) for number in (1, 2)}
+    [last] = [number for number, found in tasks.items() if found["JobId"] == array]
+    deadline = time.monotonic() + WAIT_S
+    while max(losses_of(tmp_path / f"run_{last}"), default=0) < 3:
+        assert cluster.job(f"{array}_{last}").get("JobState") == "RUNNING" and time.monotonic() < deadline, explain()
+        time.sleep(0.1)
+    cluster.signal_job(f"{array}_{last}", "TERM")
+    ended = {number: cluster.wait_job(f"{array}_{number}", ["COMPLETED"], WAIT_S, explain) for number in tasks}
+    assert {number: int(found["Restarts"]) for number, found in ended.items()} == {last: 1, 3 - last: 0}
+    for number in tasks:
+        assert sorted(losses_of(tmp_path / f"run_{number}")) == list(range(1, STEPS + 1))
+
+
 @contextlib.contextmanager
 def frozen_ranks(run: Path) -> Iterator[None]:
     """The ranks' processes, stopped for a while; time passes by them."""
