@@ -187,11 +187,10 @@ warn() {
 run_ranks() {
     local count
     count="$(tr , '\n' <<<"$chosen" | wc -l)"
-    export GLMV_LOGS="$run/logs/$launch/ranks.$attempt" GLMV_RANKS_PER_NODE="$ranks_per_node" GLMV_PORT="$port"
-    export GLMV_AGENTS="$fewest:$count" GLMV_ID="$launch.$attempt" GLMV_MAX_RESTARTS="${GLMV_MAX_RESTARTS:-3}"
+    export GLMV_RANKS_PER_NODE="$ranks_per_node" GLMV_PORT="$port"
+    export GLMV_AGENTS="$fewest:$count" GLMV_MAX_RESTARTS="${GLMV_MAX_RESTARTS:-3}"
     GLMV_HEAD="$(address_of "${chosen%%,*}")"
     export GLMV_HEAD
-    mkdir -p "$GLMV_LOGS"
     say "starting $count x $ranks_per_node ranks on $chosen; logs in $GLMV_LOGS"
     local survive=()
     # SLURM ends the step when a node is lost, unless fewer nodes can go on by themselves.
@@ -268,6 +267,8 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
             requeue
         fi
         [ -z "$warned" ] || requeue
+        export GLMV_ID="$launch.$attempt" GLMV_LOGS="$run/logs/$launch/ranks.$attempt"
+        mkdir -p "$GLMV_LOGS"
         if start_servers; then
             run_ranks
             code=$?
@@ -275,7 +276,8 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
         else
             code=1
         fi
-        glmv status "$run" --exit-code
+        # What an earlier launch has left there says nothing of one that may not have started a rank.
+        glmv status "$run" --exit-code --launch "$GLMV_ID"
         case $? in
         0)
             say "finished"

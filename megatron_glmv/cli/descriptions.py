@@ -51,7 +51,7 @@ Reads files only: whether the run goes on, is finished, has failed or was killed
 reward; held-out results; the newest checkpoint; restarts and faults; samples that did not decode. Works for a run on any
 machine of a shared disk. With --exit-code, for a script that decides whether to start it again: 0 finished; 3 it can go on (it
 runs, was stopped or killed, a node was lost, it hung, it never started); 1 a restart would fail the same way (configuration,
-data, checkpoint).
+data, checkpoint). With --launch ID what other launches have left there does not count: 3 where this one started no rank.
 """
 
 STOP = """\

@@ -19,6 +19,9 @@ def add_run_commands(commands: Commands) -> None:
         "--exit-code", action="store_true", help="end with 0: finished, 3: can go on, 1: a restart would fail the same way"
     )
 
+    text = "count only what the ranks of this launch have said: torchrun's --rdzv-id"
+    command.add_argument("--launch", default="", metavar="ID", help=text)
+
     summary = "save a run and end it after the step it is in"
     command = add_command(commands, "stop", _stop, summary=summary, description=descriptions.STOP)
     _add_run_folder(command)
@@ -30,7 +33,7 @@ def _add_run_folder(command: argparse.ArgumentParser) -> None:
 
 def _status(arguments: argparse.Namespace) -> int:
     status = importlib.import_module("megatron_glmv.run_folder.status")
-    code = status.print_status(arguments.run_folder, for_script=arguments.exit_code)
+    code = status.print_status(arguments.run_folder, for_script=arguments.exit_code, launch=arguments.launch)
     return code if arguments.exit_code else OK
 
 

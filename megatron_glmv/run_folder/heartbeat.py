@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_glmv.run_folder.launch import launch_id
+
 FOLDER = "ranks"
 FINISHED, STOPPED, LOST_CONTACT = "finished", "stopped", "lost contact"
 """Ends that are no fault of the rank that met them."""
@@ -44,6 +46,8 @@ class Heartbeat:
     """Micro-batches of the phase that it has begun."""
     row: str = ""
     """The newest of them, and the row's id."""
+    launch: str = ""
+    """Of the rank: :func:`launch_id`."""
 
     @property
     def place(self) -> str:
@@ -82,10 +86,10 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
         return None
 
 
-def read_heartbeats(run_folder: Path) -> list[Heartbeat]:
-    """What every rank of a run last said, in rank order, whatever their number."""
+def read_heartbeats(run_folder: Path, launch: str = "") -> list[Heartbeat]:
+    """What every rank of a run last said, in rank order, whatever their number; of one launch only, if named."""
     found = map(read_heartbeat, sorted((run_folder / FOLDER).glob("rank_*.json")))
-    return [beat for beat in found if beat is not None]
+    return [beat for beat in found if beat is not None and launch in ("", beat.launch)]
 
 
 def encode(beat: Heartbeat) -> bytes:
@@ -149,4 +153,5 @@ def age(beat: Heartbeat) -> str:
 
 def own_heartbeat(rank: int, ranks: int, coordinates: str) -> Heartbeat:
     """The first heartbeat of this process."""
-    return Heartbeat(rank, 0, "start", 0, time.time(), socket.gethostname(), os.getpid(), ranks=ranks, coordinates=coordinates)
+    first = Heartbeat(rank, 0, "start", 0, time.time(), socket.gethostname(), os.getpid())
+    return replace(first, ranks=ranks, coordinates=coordinates, launch=launch_id())

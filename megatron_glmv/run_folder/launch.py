@@ -19,6 +19,12 @@ def num_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def launch_id() -> str:
+    """What all ranks and restarts of one launch have in common, and no other launch; empty where the launcher gives none."""
+    given = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if given == "none" else given  # torchrun's word where it was called without --rdzv-id
+
+
 def is_first_rank() -> bool:
     """Whether this is rank 0, before there is a process group, too."""
     return int(os.environ.get("RANK", "0")) == 0

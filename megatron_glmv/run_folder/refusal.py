@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_glmv.config.base import InputError
 from megatron_glmv.run_folder.heartbeat import FOLDER
-from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
+from megatron_glmv.run_folder.launch import is_first_rank, launch_id, num_restarts
 
 _NOTE = "refused.json"
 
@@ -25,7 +25,7 @@ class Outage(InputError):
 
 def note_refusal(run_folder: Path, error: InputError) -> None:
     """Leave the reason for the restarts of this launch, and for ``glmv status --exit-code``."""
-    note = {"launch": _launch(), "time": time.time(), "text": " ".join(str(error).split())}
+    note = {"launch": launch_id(), "time": time.time(), "text": " ".join(str(error).split())}
     path = run_folder / FOLDER / _NOTE
     temporary = path.with_name(f"{_NOTE}.{os.getpid()}")
     try:
@@ -36,9 +36,10 @@ def note_refusal(run_folder: Path, error: InputError) -> None:
         return
 
 
-def read_refusal(run_folder: Path) -> str:
-    """Why the newest start cannot go on; empty when nothing says so."""
-    return str(_read(run_folder).get("text", ""))
+def read_refusal(run_folder: Path, launch: str = "") -> str:
+    """Why the newest start, or one launch, cannot go on; empty when nothing says so."""
+    note = _read(run_folder)
+    return str(note.get("text", "")) if launch in ("", note.get("launch")) else ""
 
 
 def repeat_refusal(run_folder: Path) -> None:
@@ -49,15 +50,10 @@ def repeat_refusal(run_folder: Path) -> None:
     """
     if num_restarts():
         note = _read(run_folder)
-        if note.get("launch") == _launch():
+        if note.get("launch") == launch_id():
             raise InputError(str(note["text"]))
     elif is_first_rank():
         (run_folder / FOLDER / _NOTE).unlink(missing_ok=True)
-
-
-def _launch() -> str:
-    """What all starts of one launch have in common."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def _read(run_folder: Path) -> dict[str, object]:

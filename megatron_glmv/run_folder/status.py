@@ -37,12 +37,13 @@ _SAME_FAULTS = 3
 """As many faults in a row at the same step, with the same words, are no accident."""
 
 
-def print_status(run_folder: Path, *, for_script: bool = False) -> int:
+def print_status(run_folder: Path, *, for_script: bool = False, launch: str = "") -> int:
     """Print what the folder says.
 
     Args:
         run_folder: of the run.
         for_script: the folder is known to be a run's, though no rank may have come far enough to write anything into it.
+        launch: id of the one launch whose ranks are asked; empty: the newest, whichever it was.
 
     Returns:
         The exit code of ``glmv status --exit-code``.
@@ -53,25 +54,26 @@ def print_status(run_folder: Path, *, for_script: bool = False) -> int:
     config = None
     if (run_folder / "config.yaml").is_file():
         config = read_yaml(run_folder / "config.yaml")
-    elif refusal := read_refusal(run_folder):
+    elif refusal := read_refusal(run_folder, launch):
         raise InputError(f"{run_folder}: cannot go on: {refusal}")
     elif not (run_folder if for_script else run_folder / FOLDER).is_dir():
         raise InputError(f"{run_folder}: holds no config.yaml; name the run_folder of a run")
     records = list(read_metrics(run_folder / METRICS_FILE))
-    for name, text in _lines(run_folder, config, records):
+    beats, refusal = read_heartbeats(run_folder, launch), read_refusal(run_folder, launch)
+    state = f"cannot go on: {refusal}" if refusal else describe_state(beats, time.time())
+    for name, text in _lines(run_folder, config, records, state):
         print(f"{name:<12}{text}")
-    return _exit_code(run_folder)
+    return REFUSED_CODE if refusal else _exit_code(run_folder, beats)
 
 
 def _lines(
-    run_folder: Path, config: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]]
+    run_folder: Path, config: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]], state: str
 ) -> Iterator[tuple[str, str]]:
     if config is None:
         yield "run", f"{run_folder} (no rank has come to its first step)"
     else:
         yield "run", f"{run_folder} (glmv {'rl' if 'prompts' in config else 'train'})"
-    refusal = read_refusal(run_folder)
-    yield "state", f"cannot go on: {refusal}" if refusal else describe_state(read_heartbeats(run_folder), time.time())
+    yield "state", state
     last = next((record for record in reversed(records) if "loss" in record or "expansion" in record), None)
     if last is not None and config is not None:
         yield from _progress(last, int(config["steps"]))
@@ -179,11 +181,8 @@ def _events(run_folder: Path) -> Iterator[tuple[str, str]]:
         yield event["kind"], f"{event['text']} ({_ago_at(event)})"
 
 
-def _exit_code(run_folder: Path) -> int:
-    """Whether a script should start the run again."""
-    beats = read_heartbeats(run_folder)
-    if read_refusal(run_folder):
-        return REFUSED_CODE
+def _exit_code(run_folder: Path, beats: Sequence[Heartbeat]) -> int:
+    """Whether a script should start the run again, after what its ranks last said."""
     if beats and all(beat.failure == FINISHED for beat in beats):
         return FINISHED_CODE
     # The last fault is told by the next start only; so the one in the heartbeats is counted here.

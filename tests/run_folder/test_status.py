@@ -15,7 +15,7 @@ import pytest
 from megatron_glmv import cli
 from megatron_glmv.config.base import InputError
 from megatron_glmv.run_folder.events import record_event
-from megatron_glmv.run_folder.heartbeat import Heartbeat, describe_end, heartbeat_path, read_heartbeats
+from megatron_glmv.run_folder.heartbeat import Heartbeat, describe_end, heartbeat_path, own_heartbeat, read_heartbeats
 from megatron_glmv.run_folder.refusal import note_refusal
 from megatron_glmv.run_folder.status import describe_state
 from tests.stages import REPOSITORY
@@ -157,6 +157,27 @@ def test_the_exit_code_says_whether_to_start_again(tmp_path: Path, failures: tup
         record_event(tmp_path, "fault", 7, "before", fault="rank 0 on another at step 7 (step): OSError: disk")
     assert cli.main(["status", str(tmp_path), "--exit-code"]) == code
     assert cli.main(["status", str(tmp_path)]) == 0
+
+
+def test_what_earlier_launches_have_left_is_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run started again with more steps, by a launch that brings no rank to life; then one that is refused."""
+    write_run(tmp_path, "steps: 20", [])
+    beat = replace(FAR, rank=0, failure="finished", launch="7.0.0")
+    heartbeat_path(tmp_path, 0).write_bytes(json.dumps(asdict(beat)).encode())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7.0.0")
+    assert own_heartbeat(0, 1, "").launch == "7.0.0"
+    assert cli.main(["status", str(tmp_path), "--exit-code", "--launch", "7.0.0"]) == 0
+    capsys.readouterr()
+    assert cli.main(["status", str(tmp_path), "--exit-code", "--launch", "7.0.1"]) == 3
+    assert "never started a rank" in capsys.readouterr().out
+    note_refusal(tmp_path, InputError("shard 3 is cut"))
+    for launch, code in (("7.0.0", 1), ("7.0.1", 3)):
+        assert cli.main(["status", str(tmp_path), "--exit-code", "--launch", launch]) == code
+        assert ("shard 3" in capsys.readouterr().out) == (code == 1)
+    (tmp_path / "config.yaml").unlink()
+    assert cli.main(["status", str(tmp_path), "--exit-code", "--launch", "7.0.1"]) == 3
 
 
 def test_how_an_earlier_start_ended() -> None:

@@ -288,6 +288,19 @@ def test_a_stop_that_the_user_asks_for_is_not_requeued(cluster: Cluster, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_launch_without_ranks_does_not_finish_a_run_that_an_earlier_one_finished(
+    cluster: Cluster, tmp_path: Path, data: Path
+) -> None:
+    config_file(tmp_path, data)
+    job = submit(cluster, tmp_path, "--nodes=1", words=("steps=5",))
+    cluster.wait_job(job, ["COMPLETED"], WAIT_S, lambda: output_of(tmp_path))
+    # torchrun does not take such a number of restarts.
+    job = submit(cluster, tmp_path, "--nodes=1", words=("steps=10",), GLMV_MAX_RESTARTS="none", GLMV_GIVE_UP="2")
+    cluster.wait_job(job, ["FAILED"], WAIT_S, lambda: output_of(tmp_path))
+    assert "giving up: 2 launches" in (tmp_path / "out.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_a_run_that_makes_no_progress_is_given_up(cluster: Cluster, tmp_path: Path, data: Path) -> None:
     """A rank that dies before the first checkpoint of every attempt: its watchdog has no time to wait."""
     config_file(tmp_path, data, parallel={"overlap": False, "timeout_s": 0.2})
