@@ -153,6 +153,7 @@ measure_nodes() {
 # ---- ranks -----------------------------------------------------------------------------------------------------------------
 
 # Waits for a background process; SLURM's warnings come in between. When the time after a warning is nearly over, gives up.
+# A file stop of this job's making is removed behind it; another's may be meant for a launch that this one is refused beside.
 wait_for() {
     while kill -0 "$1" 2>/dev/null; do
         sleep 1 &
@@ -200,7 +201,7 @@ run_ranks() {
         bash "$GLMV_ROOT/examples/slurm/node.sh" "$command" "${words[@]}" ${served[@]+"${served[@]}"} &
     wait_for $!
     local code=$?
-    rm -f "$run/stop"
+    [ -z "$warned" ] || rm -f "$run/stop"
     return $code
 }
 
@@ -212,6 +213,7 @@ requeue() {
     fi
     say "requeue${excluded:+, without $excluded}"
     trap '' TERM USR1
+    [ -z "$warned" ] || rm -f "$run/stop"
     scontrol requeue "$job" || {
         say "SLURM does not requeue this job; submit it again: the run continues from step $(newest_step)"
         exit 1
@@ -252,7 +254,6 @@ glmv_launch() { # train | rl, FILE.yaml and overrides; %a in them is the index o
     tree="$(glmv check "${words[@]}")" || exit 2
     run="$(sed -n 's/^run_folder: *//p' <<<"$tree" | head -n 1 | tr -d "\"'")"
     mkdir -p "$run/logs/$launch" || exit 1
-    rm -f "$run/stop"
     ranks_per_node="${GLMV_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"
     max_nodes="${GLMV_NODES:-$((SLURM_JOB_NUM_NODES - num_server_nodes))}"
     min_nodes="${GLMV_MIN_NODES:-$max_nodes}"

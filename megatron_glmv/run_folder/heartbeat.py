@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_glmv.run_folder.launch import launch_id
+from megatron_glmv.run_folder.launch import launch_id, launch_start
 
 FOLDER = "ranks"
 FINISHED, STOPPED, LOST_CONTACT = "finished", "stopped", "lost contact"
@@ -48,6 +48,8 @@ class Heartbeat:
     """The newest of them, and the row's id."""
     launch: str = ""
     """Of the rank: :func:`launch_id`."""
+    began: float = 0.0
+    """Seconds since the epoch when that launch began; 0: not known."""
 
     @property
     def place(self) -> str:
@@ -154,4 +156,4 @@ def age(beat: Heartbeat) -> str:
 def own_heartbeat(rank: int, ranks: int, coordinates: str) -> Heartbeat:
     """The first heartbeat of this process."""
     first = Heartbeat(rank, 0, "start", 0, time.time(), socket.gethostname(), os.getpid())
-    return replace(first, ranks=ranks, coordinates=coordinates, launch=launch_id())
+    return replace(first, ranks=ranks, coordinates=coordinates, launch=launch_id(), began=launch_start())

@@ -21,7 +21,7 @@ from megatron_glmv.run_folder.checkpoint_folder import complete_folders
 from megatron_glmv.run_folder.events import EventLog, read_events
 from megatron_glmv.run_folder.heartbeat import FINISHED, STOPPED, describe_end, forget_ranks, read_heartbeats
 from megatron_glmv.run_folder.launch import is_first_rank, num_restarts
-from megatron_glmv.run_folder.refusal import Outage, note_refusal, repeat_refusal
+from megatron_glmv.run_folder.refusal import Outage, note_refusal, refuse_second_launch, repeat_refusal
 from megatron_glmv.training.state import TrainState
 from megatron_glmv.training.stop import StopRequest
 from megatron_glmv.training.watchdog import Watchdog, collective_timeout_s
@@ -141,6 +141,8 @@ def _join(config: StageConfig) -> Job:
     config.check()
     config.data_parallel(groups.num_ranks())
     first, folder = is_first_rank(), config.run_folder
+    if first:
+        refuse_second_launch(folder)
     # Read before the ranks meet: afterwards each begins its file anew.
     earlier = describe_end(read_heartbeats(folder)) if first else None
     groups.initialize(config.parallel, config.seed, collective_timeout_s(config.parallel.timeout_s))

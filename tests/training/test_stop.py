@@ -37,6 +37,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_second_launch_in_the_folder_of_one_that_runs_is_refused(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, file = tmp_path / "run", config_file(tmp_path, "run", data, parallel=PARALLEL, steps=100000)
+    first = start_stage("train", file, 1)
+    wait_for_step(run, 3, first)
+    second = start_stage("train", file, 1, "steps=100", "--restarts", "1")
+    refused, _ = second.communicate(timeout=200)
+    assert second.returncode == 1, refused
+    assert f"another launch runs there since {time.strftime('%Y')}" in refused
+    assert f"process {heartbeat_of(run, 0).process}, is at step" in refused
+    assert cli.main(["status", str(run), "--exit-code"]) == 3
+    assert "running, 1 ranks" in capsys.readouterr().out
+    assert cli.main(["stop", str(run)]) == 0
+    output, _ = first.communicate(timeout=200)
+    assert first.returncode == 0, output
+    assert len(events_of(run, "start")) == 1 and not events_of(run, "fault")
+    assert list(complete_folders(run))[-1] == max(steps_of(run)) == len(steps_of(run))
+
+
 def test_ranks_start_again_and_a_run_stops_on_request(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One run: a killed rank, `glmv stop` while it starts again, a left-over request, and a signal to one rank."""
     run, file = tmp_path / "run", config_file(tmp_path, "run", data, parallel=PARALLEL, steps=100000)
