@@ -39,6 +39,17 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be written, read or used; the message is one line that names the folder and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that was read and is not what was written."""
+
+
+class DiskError(Exception):
+    """A disk that does not answer a rank, or not as it answers another: no word about the checkpoint.
+
+    No InputError, which no start repairs: the next one may find the disk well, or be on another node.
+    """
+
+
 def folder_of(run_folder: Path, step: int) -> Path:
     """Folder of the complete checkpoint taken after `step` steps."""
     return run_folder / "checkpoints" / f"step_{step:08d}"
@@ -177,7 +188,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """A complete checkpoint's manifest.
 
     Raises:
-        CheckpointError: unreadable, or of another format.
+        DamagedError: it is not what was written.
+        CheckpointError: of another format, or unreadable, which its cause (an OSError) says.
     """
     path = folder / MANIFEST
     try:
@@ -185,11 +197,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); is {folder} one complete checkpoint?") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); remove {folder} to resume from the one before it") from error
+        raise DamagedError(f"{path}: not JSON ({error}); rename {folder} to resume from the one before it") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint manifest of format {FORMAT}; it was written by another version")
     if manifest.get(OWN_SUM, manifest_sum(manifest)) != manifest_sum(manifest):
-        raise CheckpointError(f"{path}: not what was written, its checksum differs")
+        raise DamagedError(f"{path}: not what was written, its checksum differs")
     return manifest
 
 

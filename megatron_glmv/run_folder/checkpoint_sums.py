@@ -53,6 +53,9 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, par
         part: this rank's share of the files.
         parts: shares; all of them together look at every file.
         whole: read the files and compare checksums; otherwise sizes alone.
+
+    Raises:
+        OSError: a file that is there cannot be read, which says nothing about what it holds.
     """
     names = sorted(manifest.get(FILES, {}))
     for name in names[part::parts]:
@@ -65,6 +68,4 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, par
                 return f"{name} is not what was written: its checksum differs"
         except FileNotFoundError:
             return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
     return ""

@@ -48,6 +48,7 @@ from megatron_glmv.training.checkpoint_ranks import (
     check_same_everywhere,
     gather_sums,
     on_all_ranks,
+    on_every_rank,
     on_first_rank,
     over_ranks,
     sum_over_ranks,
@@ -110,7 +111,7 @@ class Checkpointer:
         if dist.get_world_size(replicas) > 1:
             self._save_strategy = FullyParallelSaveStrategyWrapper(self._save_strategy, replicas, do_cache_distribution=True)
         self._validated = False
-        newest = folders.latest(config.run_folder)
+        newest = on_every_rank(lambda: folders.latest(config.run_folder))
         if newest is not None and not config.checkpoint.resume:
             raise CheckpointError(
                 f"{newest}: run_folder holds checkpoints of an earlier run; set checkpoint.resume or use another run_folder"
@@ -237,6 +238,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: all are damaged, or it is of another architecture, precision or kind of optimizer.
+            DiskError: a rank cannot read it.
         """
         copied = self._copies.load(folders.latest(self._config.run_folder)) if self._copies is not None else None
         state, self.origin = copied or self._load_shared()
@@ -393,7 +395,8 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Fill a sharded tree from a checkpoint; data-parallel ranks share the reading.
 
     Raises:
-        CheckpointError: unreadable, or a tensor is missing.
+        CheckpointError: unusable, or a tensor is missing.
+        DiskError: the disk does not answer.
     """
     read_index(folder)  # Megatron unpickles it as it is; this refuses anything but plain descriptions of tensors
     try:

@@ -1,6 +1,8 @@
 """Which checkpoint a run goes on from: the newest one that is whole, chosen by all ranks together.
 
-One that is damaged is set aside under another name, never removed, and the one before it is taken.
+One that is damaged is set aside under another name, never removed, and the one before it is taken. Damage is what was read, by
+rank 0 too, and is not what was written. A disk that does not answer one node, or not as it answers rank 0, ends the start and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -10,10 +12,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_glmv.run_folder import checkpoint_folder as folders
-from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, DamagedError, DiskError
 from megatron_glmv.run_folder.checkpoint_sums import find_damage
 from megatron_glmv.run_folder.events import EventLog
-from megatron_glmv.training.checkpoint_ranks import check_same_everywhere, first_fault, on_first_rank
+from megatron_glmv.training.checkpoint_ranks import (
+    check_same_everywhere,
+    first_fault,
+    gather_faults,
+    on_every_rank,
+    on_first_rank,
+)
 
 
 def newest_whole(run_folder: Path, events: EventLog, *, verify: bool) -> Path | None:
@@ -29,10 +37,12 @@ def newest_whole(run_folder: Path, events: EventLog, *, verify: bool) -> Path | 
 
     Raises:
         CheckpointError: all are damaged; a run does not begin anew without being told to.
+        DiskError: as for `damage_of`.
     """
-    check_same_everywhere(folders.latest(run_folder))
+    check_same_everywhere(on_every_rank(lambda: folders.latest(run_folder)))
     while True:
-        folder = _first_ranks(folders.latest(run_folder))
+        # Rank 0's answer: a network disk may still show the others a name that is gone.
+        folder = on_first_rank(lambda: folders.latest(run_folder))
         if folder is None:
             if damaged := folders.damaged_folders(run_folder):
                 raise CheckpointError(
@@ -54,13 +64,36 @@ def newest_whole(run_folder: Path, events: EventLog, *, verify: bool) -> Path | 
 
 
 def damage_of(folder: Path, *, verify: bool) -> str:
-    """What is wrong with a checkpoint; empty: nothing. The ranks share the reading; every rank must call it."""
-    try:
-        manifest = folders.read_manifest(folder)
-        fault = find_damage(folder, manifest, part=dist.get_rank(), parts=dist.get_world_size(), whole=verify)
-    except CheckpointError as error:
-        fault = str(error)
-    return first_fault(fault)
+    """What is wrong with a checkpoint; empty: nothing. The ranks share the reading; every rank must call it.
+
+    Args:
+        folder: the checkpoint.
+        verify: compare checksums, not sizes alone.
+
+    Raises:
+        DiskError: a rank cannot read it, or misses in it what rank 0 finds.
+        CheckpointError: it was written by another version.
+    """
+    own = on_every_rank(lambda: _look(folder, dist.get_rank(), verify))
+    found = gather_faults(own)
+
+    def look_again() -> str:
+        """On rank 0: the first damage that it finds itself in the files in which another rank did."""
+        if dist.get_rank():
+            return ""
+        return own or next((again for rank, fault in enumerate(found) if fault and (again := _look(folder, rank, verify))), "")
+
+    if not any(found):
+        return ""
+    if fault := first_fault(on_every_rank(look_again)):
+        return fault
+
+    def tell() -> None:
+        if own:
+            raise DiskError(f"{folder}: {own} as this rank reads it, and not as rank 0 does")
+
+    on_every_rank(tell)
+    return ""
 
 
 def step_of(folder: Path) -> int:
@@ -68,8 +101,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def _first_ranks(folder: Path | None) -> Path | None:
-    """Rank 0's answer on every rank: a network disk may still show the others a name that is gone."""
-    answer = [folder]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+def _look(folder: Path, part: int, verify: bool) -> str:
+    """The damage in one rank's share of the files, as this rank reads them; empty: none."""
+    try:
+        return find_damage(folder, folders.read_manifest(folder), part=part, parts=dist.get_world_size(), whole=verify)
+    except DamagedError as error:
+        return str(error)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megatron_glmv.run_folder.checkpoint_folder import CheckpointError
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, DiskError
 from megatron_glmv.run_folder.checkpoint_sums import Sums
+
+Answer = TypeVar("Answer")
 
 
 def over_ranks(value: int, operation: Any) -> int:
@@ -30,26 +33,54 @@ def on_all_ranks(flag: bool) -> bool:
     return bool(over_ranks(int(flag), dist.ReduceOp.MIN))
 
 
-def on_first_rank(action: Callable[[], object]) -> None:
-    """Do something on rank 0 while the others wait; a CheckpointError there is raised everywhere."""
-    failure: list[str | None] = [None]
+def on_first_rank(action: Callable[[], Answer]) -> Answer:
+    """Do something on rank 0 while the others wait; its answer, or a CheckpointError, is theirs too."""
+    told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            action()
+            told[0] = action()
         except CheckpointError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+            told[1] = str(error)
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise CheckpointError(told[1])
+    return told[0]
+
+
+def on_every_rank(action: Callable[[], Answer]) -> Answer:
+    """Read something on every rank, and return this rank's answer; what fails on one of them is raised on all.
+
+    Raises:
+        DiskError: the disk did not answer a rank, which is named with its host.
+        CheckpointError: the first rank's.
+    """
+    answer, unread, refused = None, "", ""
+    try:
+        answer = action()
+    except (OSError, DiskError, CheckpointError) as error:
+        reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        if isinstance(reason, CheckpointError):
+            refused = str(reason)
+        else:
+            unread = f"rank {dist.get_rank()} on {socket.gethostname()}: {reason}; no checkpoint was set aside"
+    if text := first_fault(unread):
+        raise DiskError(text)
+    if text := first_fault(refused):
+        raise CheckpointError(text)
+    return answer  # type: ignore[return-value]
+
+
+def gather_faults(fault: str) -> list[str]:
+    """Every rank's, on all of them; empty: it has none."""
+    said = [""] * dist.get_world_size()
+    if not on_all_ranks(not fault):
+        dist.all_gather_object(said, fault)
+    return said
 
 
 def first_fault(fault: str) -> str:
     """The first rank's that has one; empty: none has."""
-    if on_all_ranks(not fault):
-        return ""
-    said: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(said, fault)
-    return next(text for text in said if text)
+    return next((text for text in gather_faults(fault) if text), "")
 
 
 def gather_sums(own: Mapping[str, tuple[int, int]]) -> Sums:

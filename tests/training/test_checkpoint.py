@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import os
 import random
 import re
 import resource
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, complete_folders, latest
+from megatron_glmv.run_folder import checkpoint_sums
+from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, DiskError, complete_folders, latest
 from megatron_glmv.run_folder.events import read_events
 from megatron_glmv.training.state import TrainState
 from tests.ranks import run_ranks, watch_ranks
@@ -41,7 +45,7 @@ def report_of(rank: int, folder: str) -> dict[str, Any]:
     platform.activate()
     root = Path(folder)
     report: dict[str, Any] = {kind: save_and_resume(root / name_of(kind), kind) for kind in KINDS}
-    for scenario in (dropout, asynchronous, refusals, damages, full_disk, weights_only):
+    for scenario in (dropout, asynchronous, refusals, damages, stale_disk, full_disk, weights_only):
         report[scenario.__name__] = scenario(root / scenario.__name__)
     for name, layout in OTHERS.items():
         for kind in KINDS:
@@ -173,6 +177,8 @@ def message(action: Callable[[], object]) -> str:
         action()
     except CheckpointError as error:
         return str(error)
+    except DiskError as error:
+        return f"DiskError: {error}"
     return ""
 
 
@@ -212,6 +218,54 @@ def damages(run_folder: Path) -> dict[str, Any]:
     report["none"] = message(checkpointer.load_latest)
     report["next start"] = message(opened(run_folder, SAVED)[1].load_latest)
     return report
+
+
+def stale_disk(run_folder: Path) -> dict[str, Any]:
+    """Rank 2's node answers otherwise than the others, or not at all; then the newest is of another version."""
+    _, checkpointer = opened(run_folder, SAVED, keep=9)
+    for step in (1, 2):
+        checkpointer.save(TrainState(step=step))
+    report: dict[str, Any] = {"host": socket.gethostname()}
+    for number in (errno.ESTALE, errno.ENOENT):
+        with read_fails(2, number):
+            report[number] = message(checkpointer.load_latest)
+    with list_fails(2):
+        report["not listed"] = message(checkpointer.load_latest)
+    report["state"] = checkpointer.load_latest()
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        manifest = complete_folders(run_folder)[2] / "meta.json"
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    torch.distributed.barrier()
+    report["another version"] = message(checkpointer.load_latest)
+    report["left"] = sorted(entry.name for entry in (run_folder / "checkpoints").iterdir())
+    return report
+
+
+@contextlib.contextmanager
+def read_fails(rank: int, number: int) -> Iterator[None]:
+    """One rank's files answer with an error when they are read."""
+    sum_file = checkpoint_sums.sum_file
+
+    def fail(path: Path) -> tuple[int, int]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    checkpoint_sums.sum_file = fail if torch.distributed.get_rank() == rank else sum_file
+    yield
+    checkpoint_sums.sum_file = sum_file
+
+
+@contextlib.contextmanager
+def list_fails(rank: int) -> Iterator[None]:
+    """One rank's folders cannot be listed: it has no descriptor left."""
+    iterdir = Path.iterdir
+
+    def fail(self: Path) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+
+    Path.iterdir = fail if torch.distributed.get_rank() == rank else iterdir  # type: ignore[method-assign]
+    yield
+    Path.iterdir = iterdir  # type: ignore[method-assign]
 
 
 def cut(file: Path) -> None:
@@ -332,6 +386,20 @@ def test_the_newest_whole_checkpoint_is_taken_and_damaged_ones_stay(reports: lis
         assert "step_00000001: damaged (" in found["start from"]
         for none in (found["none"], found["next start"]):
             assert "no checkpoint of this run is whole" in none, "it does not begin anew by itself"
+
+
+def test_a_disk_that_does_not_answer_one_rank_condemns_no_checkpoint(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        found = rank["stale_disk"]
+        for said in (found[errno.ESTALE], found[errno.ENOENT], found["not listed"]):
+            assert said.startswith(f"DiskError: rank 2 on {found['host']}: ") and "\n" not in said
+        assert "[Errno 116] Stale file handle: '" in found[errno.ESTALE] and "/step_00000002/" in found[errno.ESTALE]
+        assert "is missing as this rank reads it, and not as rank 0 does" in found[errno.ENOENT]
+        assert "[Errno 24] Too many open files" in found["not listed"]
+        assert found["state"] == TrainState(step=2)
+        assert "not a checkpoint manifest of format 1" in found["another version"]
+        assert "DiskError" not in found["another version"], "no start repairs that"
+        assert found["left"] == ["step_00000001", "step_00000002"]
 
 
 def test_a_full_disk_loses_nothing(reports: list[dict[str, Any]]) -> None:
