@@ -2,7 +2,8 @@
 
 megatron-core 0.16.1 allocates on ``device="cuda"``, reads the CUDA generator and compares ``Tensor.type()`` with CUDA type
 names. Where there is no CUDA device, `activate` gives torch's CUDA entry points harmless CPU meanings, so that the same,
-unmodified Megatron runs on any machine. With a CUDA device it does nothing.
+unmodified Megatron runs on any machine. With one it replaces torch's AdamW alone, and only if Megatron finds neither
+Transformer Engine nor apex: what it saves of torch's own, no new optimizer can load.
 
 Source: the places in megatron-core 0.16.1 that need it are pipeline_parallel/{schedules,p2p_communication}.py,
 tensor_parallel/{random,mappings,layers}.py, optimizer/{optimizer,distrib_optimizer,clip_grads}.py and
@@ -59,6 +60,10 @@ def activate() -> None:
         warnings.filterwarnings("ignore", category=category, module=r"(megatron\.core|torch\.distributed)\..*")
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        from megatron.core import optimizer
+
+        if optimizer.USING_PYTORCH_OPTIMIZER:
+            _use_own_adam()
         return
     if issubclass(torch.optim.AdamW, AdamW):
         return
@@ -70,21 +75,26 @@ def activate() -> None:
     Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     Tensor.type = _type_as_on_cuda(Tensor.type)  # type: ignore[method-assign]
     _replace_cuda_entry_points()
-    torch.optim.AdamW = AdamW  # type: ignore[misc, assignment]
     compile_on_device, torch.compile = torch.compile, _as_it_is  # type: ignore[assignment]
     from megatron.core.tensor_parallel import random as megatron_random
 
     torch.compile = compile_on_device
 
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: _generator.set_state(state)
-    from megatron.core.optimizer import distrib_optimizer
-
-    # Where `AdamW` below keeps its step count: the distributed optimizer's checkpoint looks there if it believes in apex.
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    _use_own_adam()
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
     buffers.dist_all_gather_func = _unless_alone(buffers.dist_all_gather_func)
     buffers.dist_reduce_scatter_func = _unless_alone(buffers.dist_reduce_scatter_func)
+
+
+def _use_own_adam() -> None:
+    """Have Megatron build `AdamW` below where it would build torch's own; it takes the class from torch each time."""
+    torch.optim.AdamW = AdamW  # type: ignore[misc, assignment]
+    from megatron.core.optimizer import distrib_optimizer
+
+    # Where `AdamW` keeps its step count: the distributed optimizer's checkpoint looks there if it believes in apex.
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,7 +183,7 @@ class AdamW(torch.optim.Optimizer):
     """Decoupled Adam that keeps `step` in the parameter group, as apex's and Transformer Engine's FusedAdam do.
 
     Megatron's ``fully_reshardable`` optimizer checkpoint reads and writes `step` there; torch's own AdamW keeps it per
-    parameter. The update is torch's fused kernel.
+    parameter. The update is torch's fused kernel, which wants the count on the parameters' device.
     """
 
     def __init__(
@@ -198,7 +208,7 @@ class AdamW(torch.optim.Optimizer):
                 state = self.state[p]
                 if "exp_avg" not in state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-            step = torch.tensor(float(group["step"]))
+            step = torch.full((), float(group["step"]), device=params[0].device)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
