@@ -104,12 +104,13 @@ def find(path: Path) -> Path:
     return newest
 
 
-def open_partial(folder: Path, needed_bytes: int) -> Path:
+def open_partial(folder: Path, needed_bytes: int, last_bytes: int = 0) -> Path:
     """Create the empty folder that a save writes into.
 
     Args:
         folder: name of the complete checkpoint.
         needed_bytes: what the save is going to write.
+        last_bytes: of what is then written by one rank, beside the small files of every checkpoint; held free.
 
     Raises:
         CheckpointError: the folder cannot be created, or the disk has not enough room.
@@ -120,11 +121,12 @@ def open_partial(folder: Path, needed_bytes: int) -> Path:
         partial.mkdir(parents=True)
         free = shutil.disk_usage(partial).free
         with _room_of(partial).open("wb") as room:
-            os.posix_fallocate(room.fileno(), 0, _ROOM_BYTES)
+            os.posix_fallocate(room.fileno(), 0, _ROOM_BYTES + last_bytes)
     except OSError as error:
         give_up_room(partial)
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{partial}: cannot be created ({error.strerror}); older checkpoints are untouched") from error
+    needed_bytes += _ROOM_BYTES + last_bytes
     if free < needed_bytes:
         give_up_room(partial)
         shutil.rmtree(partial, ignore_errors=True)

@@ -68,7 +68,7 @@ class _Pending:
     partial: Path
     folder: Path
     state: TrainState
-    extra: dict[str, str]
+    extra: dict[str, bytes]
     began: float
     stalled_before_s: float
 
@@ -169,7 +169,8 @@ class Checkpointer:
         tree["random"] = self._random_shard(read_generators())
         size = sum_over_ranks(sum(s.data.nbytes for s in nested_values(tree) if _is_written_here(s)))
         partial = folder.with_name(folder.name + folders.PARTIAL)
-        on_first_rank(lambda: folders.open_partial(folder, size))
+        written = {name: json.dumps(tree).encode() for name, tree in extra.items()}
+        on_first_rank(lambda: folders.open_partial(folder, size, sum(map(len, written.values()))))
         try:
             request = dist_checkpointing.save(
                 tree,
@@ -181,7 +182,6 @@ class Checkpointer:
         except FAILURES as error:
             raise unwritable(folder, error) from error
         self._validated = True
-        written = {name: json.dumps(tree) for name, tree in extra.items()}
         write = CheckpointWrite(request, background=self._config.checkpoint.asynchronous)
         self._pending = _Pending(write, partial, folder, dataclasses.replace(state), written, *self._began)
         if not self._config.checkpoint.asynchronous:
@@ -331,11 +331,17 @@ class Checkpointer:
 
     def _publish(self, pending: _Pending, sums: Sums) -> None:
         state = pending.state
-        for name, text in pending.extra.items():
-            (pending.partial / name).write_text(text, encoding="utf-8")
+        for name, content in pending.extra.items():
+            try:
+                (pending.partial / name).write_bytes(content)
+            except OSError as error:
+                raise unwritable(pending.folder / name, error) from error
         manifest = {"step": state.step, "state": dataclasses.asdict(state), "saved_at": time.time(), **self._run}
         folders.publish(pending.partial, pending.folder, manifest, to_yaml(self._config), sums)
-        files.retire(self._config.run_folder, self._config.checkpoint)
+        try:
+            files.retire(self._config.run_folder, self._config.checkpoint)
+        except CheckpointError as error:  # this one is complete all the same
+            self._events.record("unsaved", state.step, f"{error}; tried again after the next save")
 
     def _model_state_dict(self) -> dict[str, Any]:
         """Sharded tensors of every chunk, by ``model0``, ``model1``, ..."""

@@ -38,7 +38,11 @@ def clean_leftovers(run_folder: Path) -> list[Path]:
 
 
 def retire(run_folder: Path, config: CheckpointConfig) -> list[Path]:
-    """Remove complete checkpoints beyond the newest `config.keep`; returns what was removed."""
+    """Remove complete checkpoints beyond the newest `config.keep`; returns what was removed.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
     complete = complete_folders(run_folder)
     kept_for_ever = {step for step in complete if config.keep_every_steps and step % config.keep_every_steps == 0}
     removed = []
@@ -46,7 +50,10 @@ def retire(run_folder: Path, config: CheckpointConfig) -> list[Path]:
         if step in kept_for_ever:
             continue
         # Renamed first: a removal that is killed half-way must not leave a folder that looks complete.
-        doomed = complete[step].rename(complete[step].with_name(complete[step].name + REMOVING))
+        try:
+            doomed = complete[step].rename(complete[step].with_name(complete[step].name + REMOVING))
+        except OSError as error:
+            raise CheckpointError(f"{complete[step]}: cannot be removed ({error.strerror})") from error
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(complete[step])
     return removed

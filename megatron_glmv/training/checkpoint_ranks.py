@@ -34,12 +34,12 @@ def on_all_ranks(flag: bool) -> bool:
 
 
 def on_first_rank(action: Callable[[], Answer]) -> Answer:
-    """Do something on rank 0 while the others wait; its answer, or a CheckpointError, is theirs too."""
+    """Do something on rank 0 while the others wait; its answer, or its failure as a CheckpointError, is theirs too."""
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             told[0] = action()
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             told[1] = str(error)
     dist.broadcast_object_list(told, src=0)
     if told[1] is not None:

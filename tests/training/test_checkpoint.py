@@ -45,7 +45,7 @@ def report_of(rank: int, folder: str) -> dict[str, Any]:
     platform.activate()
     root = Path(folder)
     report: dict[str, Any] = {kind: save_and_resume(root / name_of(kind), kind) for kind in KINDS}
-    for scenario in (dropout, asynchronous, refusals, damages, stale_disk, full_disk, weights_only):
+    for scenario in (dropout, asynchronous, refusals, damages, stale_disk, full_disk, refused_files, weights_only):
         report[scenario.__name__] = scenario(root / scenario.__name__)
     for name, layout in OTHERS.items():
         for kind in KINDS:
@@ -316,6 +316,55 @@ def full_disk(run_folder: Path) -> dict[str, Any]:
     }
 
 
+def refused_files(run_folder: Path) -> dict[str, Any]:
+    """Rank 0's disk refuses what the loop adds, before it is written and then; and the removal of an old checkpoint."""
+    _, checkpointer = opened(run_folder, SAVED, keep=1, asynchronous=True)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    extra = {"more.json": ["x" * 100] * 60_000}
+    with file_limit(8 * 2**20):
+        checkpointer.save(TrainState(step=1), extra)
+    checkpointer.save(TrainState(step=2), extra)
+    while not checkpointer._pending.write.is_written():
+        time.sleep(0.01)
+    torch.distributed.barrier()
+    with file_limit(2**20):
+        checkpointer.poll()
+    left = [entry.name for entry in (run_folder / "checkpoints").iterdir()]
+    torch.distributed.barrier()
+    checkpointer.save(TrainState(step=3), extra)
+    checkpointer.close()
+    if torch.distributed.get_rank() == 0:
+        Path.rename = refuse_removal  # type: ignore[method-assign]
+    checkpointer.save(TrainState(step=4))
+    checkpointer.close()
+    Path.rename = RENAME  # type: ignore[method-assign]
+    kept = list(complete_folders(run_folder))
+    torch.distributed.barrier()
+    checkpointer.save(TrainState(step=5))
+    checkpointer.close()
+    events = [event["text"] for event in read_events(run_folder, ("unsaved",))]
+    return {"events": events, "left": left, "kept": kept, "at last": list(complete_folders(run_folder))}
+
+
+RENAME = Path.rename
+
+
+def refuse_removal(self: Path, target: Any) -> Path:
+    if str(target).endswith(".removing"):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+    return RENAME(self, target)
+
+
+@contextlib.contextmanager
+def file_limit(size_bytes: int) -> Iterator[None]:
+    """No file of rank 0 may become larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(report_of, 4, str(tmp_path_factory.mktemp("runs")), timeout_s=400)
@@ -413,6 +462,18 @@ def test_a_full_disk_loses_nothing(reports: list[dict[str, Any]]) -> None:
         assert found["left"] == ["step_00000001"], "what was written of the others gives its room back"
         assert found["afterwards"] == [1, 4]
     assert "File too large" in reports[0]["full_disk"]["said"], "the rank that gathers the results knows the reason"
+
+
+def test_a_disk_that_refuses_one_ranks_files_ends_no_run(reports: list[dict[str, Any]]) -> None:
+    for rank in reports:
+        found = rank["refused_files"]
+        unmade, unwritten, unremoved = found["events"]
+        assert "step_00000001.partial: cannot be created (File too large)" in unmade, "room for the file is asked for first"
+        assert "step_00000002/more.json: could not be written ([Errno 27] File too large" in unwritten
+        assert "(failure 2 of 3 in a row)" in unwritten
+        assert found["left"] == []
+        assert "step_00000003: cannot be removed (Permission denied)" in unremoved and "failure" not in unremoved
+        assert found["kept"] == [3, 4] and found["at last"] == [5]
 
 
 def save_until_killed(rank: int, folder: str, delay_s: float) -> None:
