@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import (
     StrictHandling,
     get_default_load_sharded_strategy,
@@ -422,5 +422,7 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _is_written_here(shard: object) -> bool:
-    """Whether this rank is the one that writes a tensor."""
-    return isinstance(shard, ShardedTensor) and shard.data is not None and shard.replica_id in (0, (0, 0, 0))
+    """Whether this rank is the one that writes a tensor; a factory's becomes several of the same size together."""
+    if not isinstance(shard, ShardedTensor | ShardedTensorFactory):
+        return False
+    return shard.data is not None and shard.replica_id in (0, (0, 0, 0))
