@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ Sums = dict[str, tuple[int, int]]
 """File name -> (bytes, CRC-32)."""
 
 
-def sum_file(path: Path) -> tuple[int, int]:
-    """Bytes and CRC-32 of a file."""
+def sum_file(path: Path, moved: Callable[[], object] = lambda: None) -> tuple[int, int]:
+    """Bytes and CRC-32 of a file; `moved` is called after every block of it."""
     size = total = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             total = zlib.crc32(block, total)
             size += len(block)
+            moved()
     return size, total
 
 
@@ -44,7 +45,15 @@ def manifest_sum(manifest: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
-def find_damage(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, parts: int = 1, whole: bool = True) -> str:
+def find_damage(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    part: int = 0,
+    parts: int = 1,
+    whole: bool = True,
+    moved: Callable[[], object] = lambda: None,
+) -> str:
     """What is wrong with a checkpoint's files; empty: nothing.
 
     Args:
@@ -53,6 +62,7 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, par
         part: this rank's share of the files.
         parts: shares; all of them together look at every file.
         whole: read the files and compare checksums; otherwise sizes alone.
+        moved: called after every block that was read.
 
     Raises:
         OSError: a file that is there cannot be read, which says nothing about what it holds.
@@ -64,7 +74,7 @@ def find_damage(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, par
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes of {size:,}"
-            if whole and sum_file(folder / name)[1] != expected:
+            if whole and sum_file(folder / name, moved)[1] != expected:
                 return f"{name} is not what was written: its checksum differs"
         except FileNotFoundError:
             return f"{name} is missing"

@@ -7,6 +7,7 @@ changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_glmv.training.checkpoint_ranks import (
     gather_faults,
     on_every_rank,
     on_first_rank,
+    together,
 )
 
 
@@ -74,18 +76,27 @@ def damage_of(folder: Path, *, verify: bool) -> str:
         DiskError: a rank cannot read it, or misses in it what rank 0 finds.
         CheckpointError: it was written by another version.
     """
-    own = on_every_rank(lambda: _look(folder, dist.get_rank(), verify))
+
+    def look(part: int, moved: Callable[[], None]) -> str:
+        """The damage in one rank's share of the files, as this rank reads them; empty: none."""
+        parts = dist.get_world_size()
+        try:
+            return find_damage(folder, folders.read_manifest(folder), part=part, parts=parts, whole=verify, moved=moved)
+        except DamagedError as error:
+            return str(error)
+
+    own = on_every_rank(lambda: together(lambda moved: look(dist.get_rank(), moved)))
     found = gather_faults(own)
 
-    def look_again() -> str:
+    def look_again(moved: Callable[[], None]) -> str:
         """On rank 0: the first damage that it finds itself in the files in which another rank did."""
         if dist.get_rank():
             return ""
-        return own or next((again for rank, fault in enumerate(found) if fault and (again := _look(folder, rank, verify))), "")
+        return own or next((again for rank, fault in enumerate(found) if fault and (again := look(rank, moved))), "")
 
     if not any(found):
         return ""
-    if fault := first_fault(on_every_rank(look_again)):
+    if fault := first_fault(on_every_rank(lambda: together(look_again))):
         return fault
 
     def tell() -> None:
@@ -99,11 +110,3 @@ def damage_of(folder: Path, *, verify: bool) -> str:
 def step_of(folder: Path) -> int:
     """Steps done when a checkpoint of a run was taken, from its name."""
     return int(folder.name.removeprefix("step_"))
-
-
-def _look(folder: Path, part: int, verify: bool) -> str:
-    """The damage in one rank's share of the files, as this rank reads them; empty: none."""
-    try:
-        return find_damage(folder, folders.read_manifest(folder), part=part, parts=dist.get_world_size(), whole=verify)
-    except DamagedError as error:
-        return str(error)

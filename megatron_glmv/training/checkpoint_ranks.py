@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +14,11 @@ import torch.distributed as dist
 
 from megatron_glmv.run_folder.checkpoint_folder import CheckpointError, DiskError
 from megatron_glmv.run_folder.checkpoint_sums import Sums
+from megatron_glmv.training.watchdog import still_moving
 
 Answer = TypeVar("Answer")
+_LOOK_S = 1.0
+"""Between two looks at work that ranks wait for."""
 
 
 def over_ranks(value: int, operation: Any) -> int:
@@ -68,6 +73,48 @@ def on_every_rank(action: Callable[[], Answer]) -> Answer:
     if text := first_fault(refused):
         raise CheckpointError(text)
     return answer  # type: ignore[return-value]
+
+
+def together(action: Callable[[Callable[[], None]], Answer]) -> Answer:
+    """Do on every rank what takes long, in a thread, and return this rank's answer when all have ended.
+
+    Args:
+        action: is given what it must call after each block.
+    """
+    blocks, outcome = [0], Future[Answer]()
+
+    def count() -> None:
+        blocks[0] += 1
+
+    def work() -> None:
+        try:
+            outcome.set_result(action(count))
+        except Exception as error:  # noqa: BLE001 - raised again where the answer is taken
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+    thread.start()
+    wait_for_all(thread, lambda: blocks[0])
+    return outcome.result()
+
+
+def wait_for_all(thread: threading.Thread | None, num_blocks: Callable[[], int]) -> None:
+    """Wait until every rank's thread has ended; as long as any of them comes further, no rank's watchdog ends the run.
+
+    Args:
+        thread: this rank's, if it has one.
+        num_blocks: how far it has come.
+    """
+    seen = -1
+    while True:
+        if thread is not None:
+            thread.join(_LOOK_S)
+        found = sum_over_ranks(num_blocks())
+        if on_all_ranks(thread is None or not thread.is_alive()):
+            return
+        if found > seen:
+            still_moving()
+        seen = found
 
 
 def gather_faults(fault: str) -> list[str]:

@@ -37,6 +37,7 @@ from megatron_glmv.training.checkpoint_ranks import first_fault, on_first_rank
 from megatron_glmv.training.random_state import read_generators, restore_generators
 from megatron_glmv.training.rank_state import read_rank, restore_rank, shapes_of
 from megatron_glmv.training.state import TrainState
+from megatron_glmv.training.watchdog import still_moving
 
 KEPT = 2
 """Newest copies of a rank that stay: a rank may be killed in its save when the others have done theirs."""
@@ -104,11 +105,11 @@ class LocalCopies:
         step = self._agree(-1 if shared is None else int(shared.name.removeprefix("step_")))
         if step is None:
             return None
-        folder, tree, state = self._folder(step), {}, TrainState()
+        folder, tree, state, verify = self._folder(step), {}, TrainState(), self._config.checkpoint.verify
         try:
             manifest = folders.read_manifest(folder)
             state = TrainState(**manifest["state"])
-            if not (fault := find_damage(folder, manifest, whole=self._config.checkpoint.verify)):
+            if not (fault := find_damage(folder, manifest, whole=verify, moved=still_moving)):
                 tree = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)
                 fits = shapes_of(tree) == shapes_of(read_rank(self._models, self._optimizer))
                 fault = "" if fits else "holds other tensors"

@@ -46,6 +46,16 @@ _CLAIM, _DONE = "hang.txt", "hang.done"
 _LOST_PEER = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "gloo", "nccl", "socket")
 
 
+_started: Watchdog | None = None
+"""This process's; its alarm is the process's, too."""
+
+
+def still_moving() -> None:
+    """Say that what the main thread waits for goes on. Where no watchdog has been started, nothing happens."""
+    if _started is not None:
+        _started.postpone()
+
+
 def collective_timeout_s(timeout_s: float) -> float:
     """Timeout for process groups: later than the watchdog's, so that its message comes first."""
     return 1.5 * timeout_s + 30.0
@@ -96,6 +106,8 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
+        global _started  # noqa: PLW0603 - one a process
+        _started = self
         self._moved = time.monotonic()
         self._arm()
         self._thread.start()
@@ -106,6 +118,10 @@ class Watchdog:
         with self._lock:
             self._own = replace(self._own, step=step, phase=phase, beats=self._own.beats + 1, micro_batch=0, row="")
         self._publish()
+
+    def postpone(self) -> None:
+        """Say that the main thread is where it was, and waits for work that goes on."""
+        self._moved = time.monotonic()
 
     def begin_row(self, number: int, total: int, key: str) -> None:
         """Say that a micro-batch begins; the watching thread writes it down. Costs a microsecond.

@@ -247,7 +247,7 @@ def read_fails(rank: int, number: int) -> Iterator[None]:
     """One rank's files answer with an error when they are read."""
     sum_file = checkpoint_sums.sum_file
 
-    def fail(path: Path) -> tuple[int, int]:
+    def fail(path: Path, moved: object) -> tuple[int, int]:
         raise OSError(number, os.strerror(number), str(path))
 
     checkpoint_sums.sum_file = fail if torch.distributed.get_rank() == rank else sum_file
