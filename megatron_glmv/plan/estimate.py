@@ -19,6 +19,7 @@ from megatron_glmv.plan.rows import RowSample, global_rows
 from megatron_glmv.plan.schedule import Timeline, play
 from megatron_glmv.plan.timing import StageTimes, stage_rate, useful_flops
 from megatron_glmv.plan.traffic import Traffic, data_traffic, total_traffic
+from megatron_glmv.plan.weights import gathered_bytes
 
 MOST_PASSES = 200_000
 """Passes that are played for the skew between replicas, of those with most patches."""
@@ -67,6 +68,12 @@ class Plan:
     def memory(self) -> float:
         """Of the fullest rank."""
         return max(stage.total for stage in self.stages)
+
+    @property
+    def host_memory(self) -> int:
+        """Of a node whose ranks are those of the fullest stage, at a save and at a resume."""
+        most = max(gathered_bytes(self.config, self.data, stage) for stage in range(len(self.stages)))
+        return min(self.gpus, self.hardware.gpus_per_node) * most
 
     @property
     def fits(self) -> bool:

@@ -13,6 +13,7 @@ from megatron_glmv.plan.estimate import Plan
 from megatron_glmv.plan.memory import StageMemory
 from megatron_glmv.plan.rows import RowSample
 from megatron_glmv.plan.search import override_line
+from megatron_glmv.plan.weights import SAVED_BYTES
 
 GB = 1e9
 _COLUMNS = ("stage", "layers", "rows held", "weights", "grads", "optim", "fp8", "activ", "logits", "work", "buffers", "other",
@@ -34,6 +35,7 @@ def describe(plan: Plan, rows: RowSample, kind: str) -> str:
         f"            {plan.rows:,} rows a step, {plan.rows // plan.data:,} a replica",
         f"memory      10^9 bytes of the fullest rank of each stage; the GPU has {hardware.memory_gb:g}",
         *_memory_table(plan),
+        *_host_lines(plan),
         *_step_lines(plan),
         *_traffic_lines(plan),
         *_assumption_lines(plan, kind),
@@ -45,6 +47,14 @@ def _memory_table(plan: Plan) -> list[str]:
     table = [_COLUMNS, *(_stage_row(plan, number, stage) for number, stage in enumerate(plan.stages))]
     widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
     return ["            " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+
+
+def _host_lines(plan: Plan) -> list[str]:
+    if not plan.host_memory:
+        return []
+    ranks = min(plan.gpus, plan.hardware.gpus_per_node)
+    each = f"{SAVED_BYTES} bytes of every element that learns, on each of {ranks} ranks"
+    return [f"host        {plan.host_memory / GB:.0f} GB of a node's own memory at a save and at a resume ({each})"]
 
 
 def _stage_row(plan: Plan, number: int, stage: StageMemory) -> tuple[str, ...]:
@@ -126,6 +136,7 @@ def to_tree(plan: Plan, base: StageConfig) -> dict[str, Any]:
         "recompute": plan.config.recompute.model_dump(mode="json"),
         "fits": plan.fits,
         "memory_bytes": plan.memory,
+        "host_bytes": plan.host_memory,
         "stages": [dataclasses.asdict(stage) | {"total": stage.total} for stage in plan.stages],
         "rows_per_step": plan.rows,
         "step_s": plan.step_s,

@@ -30,6 +30,8 @@ GRADIENT_BYTES = 4
 """Gradients are summed and reduced in fp32."""
 MOMENT_BYTES = 8
 """Both of Adam's moments in fp32."""
+SAVED_BYTES = 12
+"""Of an element that learns, in a checkpoint of the distributed optimizer: weight and both moments in fp32."""
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128
 BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_RANK = 40_000_000, 1_000_000
 
@@ -141,6 +143,11 @@ class Buffer:
         """Of the whole buffer, padding included."""
         return self.buckets[-1][1] if self.buckets else 0
 
+    @property
+    def unpadded(self) -> int:
+        """Elements without the padding at the ends of buckets."""
+        return sum(max(last for first, last in self.parameters if first < end) - start for start, end in self.buckets)
+
     def owned(self, rank: int, ranks: int) -> int:
         """Elements of parameters, without padding, whose optimizer state lies on one of the ranks that share it."""
         if not self.buckets:
@@ -206,6 +213,25 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
+def gathered_bytes(config: StageConfig, data: int, stage: int) -> int:
+    """Bytes of host memory in which each rank gathers the state of its distributed optimizer, to save it and to load it.
+
+    Each rank then writes or reads a share of them, but gathers all that the ranks of its replicas share.
+
+    Source: megatron-core 0.16.1, optimizer/distrib_optimizer.py (`get_parameter_state_dp_zero`, ``return_on_all_ranks``).
+
+    Args:
+        config: the stage.
+        data: data-parallel size.
+        stage: pipeline stage of the rank.
+    """
+    layout = config.parallel
+    if not layout.distributed_optimizer:
+        return 0
+    chunks = range(layout.virtual_pipeline)
+    return SAVED_BYTES * sum(_buffer(config.model, layout, data, stage, chunk).unpadded for chunk in chunks)
+
+
 def state_bytes(config: StageConfig, data: int, stage: int, rank: int = 0) -> StateBytes:
     """Bytes of one rank's state, exactly as Megatron allocates it.
 
@@ -226,12 +252,23 @@ def _state_bytes(model: ModelConfig, layout: ParallelConfig, halves: bool, data:
     weights = gradients = optimizer = 0
     for chunk in range(layout.virtual_pipeline):
         parameters = chunk_parameters(model, layout, stage, chunk)
-        learning = [parameter.elements for parameter in parameters if parameter.learns]
-        buckets = layout.overlap and sharers > 1 and stage == 0 and chunk == 0
-        most = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_RANK * data) if buckets else None
-        buffer = gradient_buffer(learning, sharers=sharers, distributed=distributed, bucket_elements=most)
+        learning = _learning(parameters)
+        buffer = _buffer(model, layout, data, stage, chunk)
         weights += element * sum(parameter.elements for parameter in parameters if not parameter.learns)
         weights += element * (buffer.elements if distributed else sum(learning))
         gradients += GRADIENT_BYTES * buffer.elements
         optimizer += state * (buffer.owned(rank, sharers) if distributed else sum(learning))
     return StateBytes(weights, gradients, optimizer)
+
+
+def _buffer(model: ModelConfig, layout: ParallelConfig, data: int, stage: int, chunk: int) -> Buffer:
+    """The gradients' buffer of one chunk."""
+    sharers = data * layout.context
+    buckets = layout.overlap and sharers > 1 and stage == 0 and chunk == 0
+    most = max(BUCKET_ELEMENTS, BUCKET_ELEMENTS_A_RANK * data) if buckets else None
+    sizes = _learning(chunk_parameters(model, layout, stage, chunk))
+    return gradient_buffer(sizes, sharers=sharers, distributed=layout.distributed_optimizer, bucket_elements=most)
+
+
+def _learning(parameters: Sequence[RankParameter]) -> list[int]:
+    return [parameter.elements for parameter in parameters if parameter.learns]

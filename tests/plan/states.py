@@ -64,7 +64,23 @@ def _weigh(config: TrainConfig) -> dict[str, Any]:
         "weights": sum(b.param_data.nbytes for b in buffers if b.param_data is not None) + sum(p.nbytes for p in apart),
         "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
         "optimizer": _optimizer_bytes(assembly.optimizer),
+        "gathered": sum(_gathered_bytes(inner) for inner in assembly.optimizer.chained_optimizers),
     }
+
+
+def _gathered_bytes(optimizer: Any) -> int:
+    """Of host memory in which a save gathers one optimizer's state, if it is the distributed one."""
+    if optimizer.is_stub_optimizer or not hasattr(optimizer, "get_parameter_state_dp_zero"):
+        return 0
+    state = optimizer.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+    return sum(
+        tensor.nbytes
+        for buffer in state.values()
+        if isinstance(buffer, dict)
+        for tensors in buffer.values()
+        for tensor in tensors.values()
+        if hasattr(tensor, "nbytes")
+    )
 
 
 def _optimizer_bytes(optimizer: Any) -> int:

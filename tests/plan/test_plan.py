@@ -310,6 +310,16 @@ def test_what_does_not_fit_is_one_line_and_exit_code_1(capsys: pytest.CaptureFix
     assert main([*arguments, *change]) == 0
 
 
+def test_memory_of_the_nodes_at_a_save_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every rank gathers the state of all its replicas: 12 bytes of each of 10.3 billion parameters, on 8 ranks of tensor 2."""
+    arguments = ["plan", str(EXAMPLES / "pretrain.yaml"), "--layouts", "0", "parallel.tensor=2", "parallel.vision=tensor"]
+    for gpus in (64, 512):
+        assert main([*arguments, "--gpus", str(gpus)]) == 0
+        assert "host        496 GB of a node's own memory at a save" in capsys.readouterr().out
+    main([*arguments, "--gpus", "64", "parallel.distributed_optimizer=false"])
+    assert "host " not in capsys.readouterr().out
+
+
 def test_without_gpus_the_fewest_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", str(EXAMPLES / "pretrain.yaml"), "--layouts", "0"])
     first = int(capsys.readouterr().out.split()[1])

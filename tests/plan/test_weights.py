@@ -87,6 +87,13 @@ def test_state_is_exact_on_every_rank(measured: list[tuple[dict[str, Any], ...]]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_what_a_save_gathers_is_exact_on_every_rank(measured: list[tuple[dict[str, Any], ...]], name: str) -> None:
+    config = TrainConfig.model_validate(tree(**LAYOUTS[name]))
+    for rank in measured[list(LAYOUTS).index(name)]:
+        assert weights.gathered_bytes(config, rank["data"], rank["stage"]) == rank["gathered"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_parameters_have_megatrons_names_sizes_and_order(measured: list[tuple[dict[str, Any], ...]], name: str) -> None:
     config = TrainConfig.model_validate(tree(**LAYOUTS[name]))
     for rank in measured[list(LAYOUTS).index(name)]:
