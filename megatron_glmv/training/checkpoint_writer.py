@@ -3,20 +3,17 @@
 Megatron's own writer forks the training process for every save and keeps a queue in a server process that outlives a killed
 rank. A fork of a process with CUDA, DALI and gloo threads can stop in a lock that no thread holds any more, and a dead worker
 is waited for without end. The same write functions called in a thread have none of this; torch releases the interpreter
-while it writes. The thread waits for the disk every so many bytes, so that a save that goes on is told from one that hangs.
+while it writes. A save that goes on is told from one that hangs by what its files have grown.
 
 Source: megatron-core 0.16.1, dist_checkpointing/strategies/{async_utils,filesystem_async}.py.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import queue
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -30,24 +27,6 @@ Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
 
 # Megatron takes the write results of this process from here; set before its first save, no server process is started.
 filesystem_async._results_queue = queue.Queue()
-_SYNC_BYTES = 256 * 2**20
-_thread = threading.local()
-
-
-def _sync_between(write_item: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's function that writes one tensor, after which the disk may have to take what was written."""
-
-    @functools.wraps(write_item)
-    def write(*args: Any, **named: Any) -> Any:
-        written = write_item(*args, **named)
-        if (save := getattr(_thread, "write", None)) is not None:
-            save.sync(args[-4])  # (..., stream, tensor, item, key)
-        return written
-
-    return write
-
-
-filesystem_async._write_item = _sync_between(filesystem_async._write_item)
 
 
 class CheckpointWrite:
@@ -63,7 +42,8 @@ class CheckpointWrite:
         self._thread: threading.Thread | None = None
         self.sums: Sums = {}
         """Of the files that this rank has written."""
-        self._num_blocks = self._synced = 0
+        self._num_blocks = 0
+        self._paths: list[Path] = []
         if request.async_fn is None:
             return
         transforms = request.async_fn.args[0]
@@ -85,17 +65,16 @@ class CheckpointWrite:
         Raises:
             CheckpointException: a file could not be written on some rank; raised on all ranks.
         """
-        wait_for_all(self._thread, lambda: self._num_blocks)
+        wait_for_all(self._thread, self._progress)
         for finalize in self._finalizers:
             finalize()
 
     def _write(self, transforms: list[Any], buckets: list[Bucket], results: queue.Queue[Any]) -> None:
         """Write every bucket, read it back for its checksum, and report the results or the first failure."""
-        _thread.write = self
+        self._paths = [Path(path) for path in sorted({str(bucket[0]) for bucket in buckets})]
         outcome = self._write_all(transforms, buckets)
-        paths = sorted({str(bucket[0]) for bucket in buckets})
         try:
-            self.sums = {Path(path).name: sum_file(Path(path), self._count_block) for path in paths}
+            self.sums = {path.name: sum_file(path, self._count_block) for path in self._paths}
         except OSError as error:
             outcome = outcome if isinstance(outcome, Exception) else error
         results.put(outcome)
@@ -108,7 +87,6 @@ class CheckpointWrite:
             answer: queue.Queue[Any] = queue.Queue()
             done: queue.Queue[int] = queue.Queue()
             done.put(index)
-            self._synced = 0
             try:
                 write(transforms, index, bucket, answer, done, use_fsync=True)
                 outcome = answer.get_nowait()[1]
@@ -117,16 +95,11 @@ class CheckpointWrite:
             if isinstance(outcome, Exception):
                 return outcome
             written[index] = outcome
-            self._count_block()
         return written
 
-    def sync(self, stream: BinaryIO) -> None:
-        """Wait for the disk, if much of a file has been written since the last time."""
-        if (end := stream.tell()) - self._synced >= _SYNC_BYTES:
-            stream.flush()
-            os.fdatasync(stream.fileno())
-            self._synced = end
-            self._count_block()
+    def _progress(self) -> int:
+        """Bytes that lie in this rank's files, and blocks of them that were read back."""
+        return self._num_blocks + sum(path.stat().st_size for path in self._paths if path.exists())
 
     def _count_block(self) -> None:
         self._num_blocks += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
+import functools
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +25,13 @@ def run(rank: int, folder: str, fault: str) -> float:
     from megatron_glmv.parallel import platform
 
     platform.activate()
-    from megatron_glmv.training import checkpoint_writer
     from megatron_glmv.training.checkpoint import Checkpointer
     from tests.training.stock_gpt import Trainer, make_config
 
     trainer = Trainer.build(make_config(Path(folder), {}))
     checkpointer = Checkpointer(trainer.config, trainer.chunks, trainer.optimizer)
     if rank == SLOW and fault != "slow to read":
-        checkpoint_writer._SYNC_BYTES = 1
-        delays = iter([0.3] * 30 if fault == "slow to write" else [600.0])
-        os.fdatasync = lambda descriptor: time.sleep(next(delays, 0.0))  # type: ignore[assignment, misc]
+        slow_down_writes([0.3] * 30 if fault == "slow to write" else [600.0])
     watchdog = Watchdog(Path(folder), rank, 2, TIMEOUT_S)
     watchdog.start()
     watchdog.beat(1, "checkpoint")
@@ -49,6 +46,21 @@ def run(rank: int, folder: str, fault: str) -> float:
         seconds = time.monotonic() - began
     watchdog.stop()
     return seconds
+
+
+def slow_down_writes(delays: list[float]) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    write_item, left = filesystem_async._write_item, iter(delays)
+
+    @functools.wraps(write_item)  # Megatron looks at its signature
+    def slow(*words: Any, **named: Any) -> Any:
+        written = write_item(*words, **named)
+        words[-4].flush()  # (..., stream, tensor, item, key)
+        time.sleep(next(left, 0.0))
+        return written
+
+    filesystem_async._write_item = slow
 
 
 def slow_down_sums() -> None:
