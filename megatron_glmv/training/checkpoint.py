@@ -57,6 +57,7 @@ from megatron_glmv.training.checkpoint_writer import CheckpointWrite
 from megatron_glmv.training.local_copies import LocalCopies
 from megatron_glmv.training.optimizer import gather_weights
 from megatron_glmv.training.random_state import read_generators, restore_generators
+from megatron_glmv.training.rank_state import STATISTICS
 from megatron_glmv.training.state import TrainState
 
 
@@ -308,9 +309,16 @@ class Checkpointer:
             raise CheckpointError(f"{folder}: damaged ({fault}); take another checkpoint, or write this one again")
         manifest = folders.read_manifest(folder)
         folders.check_architecture(folder, manifest, self._config.model.shape)
-        tree, adapters = self._model_state_dict(), files.starts_adapters(folder, manifest, self._config)
-        if not adapters:
-            tree = {chunk: {k: v for k, v in part.items() if not has_adapter(k)} for chunk, part in tree.items()}
+        adapters = files.starts_adapters(folder, manifest, self._config)
+
+        def is_wanted(key: str) -> bool:
+            # FP8 statistics are the other run's, and pickles, which loading would run.
+            return not key.endswith(STATISTICS) and (adapters or not has_adapter(key))
+
+        tree = {
+            chunk: {key: value for key, value in part.items() if is_wanted(key)}
+            for chunk, part in self._model_state_dict().items()
+        }
         self._load_model(_load(tree, folder), folder, adapters=adapters)
         self._optimizer.reload_model_params()
 
@@ -355,9 +363,7 @@ class Checkpointer:
         for index, model in enumerate(self._models):
             found = model.load_state_dict(loaded.get(f"model{index}", {}), strict=False)
             # Transformer Engine's layers ask for FP8 statistics, which a checkpoint of plain torch layers does not have.
-            lost = [
-                key for key in found.missing_keys if not key.endswith("_extra_state") and (adapters or not has_adapter(key))
-            ]
+            lost = [key for key in found.missing_keys if not key.endswith(STATISTICS) and (adapters or not has_adapter(key))]
             if lost or found.unexpected_keys:
                 raise CheckpointError(f"{folder}: does not fit the model ({(lost or found.unexpected_keys)[0]})")
 
@@ -415,7 +421,7 @@ def _load(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         )
     except FAILURES as error:
         raise unreadable(folder, error) from error
-    lost = sorted(key for key in unknown if not key.endswith("_extra_state"))
+    lost = sorted(key for key in unknown if not key.endswith(STATISTICS))
     if lost:
         raise CheckpointError(f"{folder}: lacks {lost[0]} and {len(lost) - 1} more tensors that the model needs")
     return loaded

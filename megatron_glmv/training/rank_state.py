@@ -9,6 +9,9 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+STATISTICS = "_extra_state"
+"""What keys end in under which Transformer Engine's layers keep FP8 statistics."""
+
 
 def read_rank(models: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """This rank's weights, shares of them in full precision, and moments; the tensors are the live ones.
@@ -26,9 +29,7 @@ def read_rank(models: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict
 
 def shapes_of(tree: Mapping[str, Any]) -> list[Any]:
     """Names, shapes and precisions of what every tree of a rank has: moments and FP8 statistics come with the first update."""
-    models = [
-        {key: value.shape for key, value in model.items() if not key.endswith("_extra_state")} for model in tree["models"]
-    ]
+    models = [{key: value.shape for key, value in model.items() if not key.endswith(STATISTICS)} for model in tree["models"]]
     shares = [[(part["param"].shape, part["param"].dtype) for part in group["params"]] for group in tree["optimizer"]]
     return [models, shares]
 

@@ -158,18 +158,43 @@ def weights_only(run_folder: Path) -> dict[str, Any]:
     """Another run, in another layout, precision and kind of optimizer, starts from the weights."""
     trainer, checkpointer = opened(run_folder, SAVED)
     trainer.step(0)
+    add_statistics(checkpointer, _Touch(run_folder / "touched"))
     checkpointer.save(TrainState(step=1))
     expected = trainer.step(1)[0]
     report: dict[str, Any] = {"expected": expected}
+    torch.distributed.barrier()
+    (run_folder / "touched").unlink(missing_ok=True)  # torch looks at what it has written
+    torch.distributed.barrier()
     for dtype, distributed in (("fp32", False), ("bf16", True), ("bf16", False)):
         trainer, checkpointer = opened(
             run_folder / "next", {"tensor": 2}, seed=99, dtype=dtype, distributed_optimizer=distributed
         )
+        add_statistics(checkpointer, None)
         checkpointer.load_weights_only(run_folder)
         report[dtype, distributed] = trainer.step(1)[0]
+        report["ran a pickle"] = (run_folder / "touched").exists()
         # The second step sees the optimizer's own copies of the weights.
         report[dtype, distributed, "next"] = trainer.step(2)[0]
     return report
+
+
+class _Touch:
+    """A pickle that makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def add_statistics(checkpointer: Any, value: object) -> None:
+    """Have a model keep, and ask for, a pickled object, as Transformer Engine's layers do."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    plain, key = checkpointer._model_state_dict, "decoder.final_layernorm._extra_state"
+    shard = ShardedObject(key, value, (1,), (0,), replica_id=torch.distributed.get_rank())
+    checkpointer._model_state_dict = lambda: {name: {**part, key: shard} for name, part in plain().items()}
 
 
 def message(action: Callable[[], object]) -> str:
@@ -409,6 +434,7 @@ def test_a_background_save_holds_its_moment(reports: list[dict[str, Any]]) -> No
 
 def test_weights_start_another_run(reports: list[dict[str, Any]]) -> None:
     found = reports[0]["weights_only"]
+    assert not found.pop("ran a pickle"), "of another run's FP8 statistics"
     assert found["fp32", False] == pytest.approx(found["expected"], abs=1e-5)
     for distributed in (True, False):
         assert found["bf16", distributed] == pytest.approx(found["expected"], abs=2e-2)
