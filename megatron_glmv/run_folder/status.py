@@ -176,7 +176,7 @@ def _events(run_folder: Path) -> Iterator[tuple[str, str]]:
         yield "restarts", f"{len(starts) - 1:,}; the last began at step {starts[-1]['step']:,}, {_ago_at(starts[-1])}"
     if faults:
         yield "faults", f"{len(faults):,}; the last {_ago_at(faults[-1])}: {faults[-1]['text']}"
-    listed = [event for event in events if event["kind"] in ("hang", "skip", "rollback", "damaged", "unsaved")]
+    listed = [event for event in events if event["kind"] in ("hang", "skip", "rollback", "damaged", "unsaved", "order")]
     for event in listed[-3:]:
         yield event["kind"], f"{event['text']} ({_ago_at(event)})"
 
