@@ -47,8 +47,9 @@ def train(file: Path, ranks: int, *overrides: str) -> tuple[int, str]:
 
 
 def records_of(run: Path) -> list[dict[str, Any]]:
-    """What the run has reported."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """What the run has reported; of a line that is just being written, a part may be there."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def steps_of(run: Path) -> dict[int, tuple[float, float, int]]:
